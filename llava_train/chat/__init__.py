@@ -1,0 +1,1 @@
+"""Talk with a model: a session and a terminal."""

@@ -1,0 +1,155 @@
+"""Micro-batch -> tensors, and the loader that brings them in the order of the plan.
+
+Shapes: B samples, T tokens (the longest of the batch), I images, 3 x H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llava_train.data.encode import IGNORE
+from llava_train.data.images import open_image, pixel_values
+from llava_train.data.plan import MicroBatch, Plan, deal
+from llava_train.data.prepare import PreparedSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs, right-padded."""
+
+    input_ids: torch.Tensor
+    """(B, T)"""
+    attention_mask: torch.Tensor
+    """(B, T), 1 where a token stands"""
+    labels: torch.Tensor
+    """(B, T), unshifted, -100 where unsupervised"""
+    weights: torch.Tensor
+    """(B,), the weight of each supervised token of a sample in the step's loss"""
+    pixel_values: torch.Tensor | None
+    """(I, 3, H, W) in reading order, or None for text only"""
+    ids: tuple[str, ...]
+    """id and place of each sample, for messages"""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
+        moved = [
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.attention_mask, self.labels, self.weights)
+        ]
+        return Batch(*moved, pixels, self.ids)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by DataLoader)."""
+        pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()
+        pinned = [t.pin_memory() for t in (self.input_ids, self.attention_mask, self.labels, self.weights)]
+        return Batch(*pinned, pixels, self.ids)
+
+
+class ImageReader:
+    """Pixels of the images of a prepared set; small pictures that come again are kept, up to 256 MB."""
+
+    budget = 256 * 2**20
+
+    def __init__(self, processor: Any, exif_orientation: bool = False) -> None:
+        self.processor, self.exif_orientation = processor, exif_orientation
+        self._kept: dict[tuple[Path, str], torch.Tensor] = {}
+        self._bytes = 0
+
+    def read(self, root: Path, path: str) -> torch.Tensor:
+        """(3, H, W) float32."""
+        key = (root, path)
+        if key not in self._kept:
+            pixels = pixel_values([open_image(root, path, self.exif_orientation)], self.processor)[0]
+            if self._bytes + pixels.nbytes > self.budget:
+                return pixels
+            self._kept[key] = pixels
+            self._bytes += pixels.nbytes
+        return self._kept[key]
+
+
+def collate(rows: list[dict[str, Any]], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
+    """Rows of a prepared set as right-padded tensors."""
+    length = max(row["length"] for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for index, row in enumerate(rows):
+        size = row["length"]
+        input_ids[index, :size] = torch.as_tensor(row["input_ids"])
+        labels[index, :size] = torch.as_tensor(row["labels"])
+        mask[index, :size] = 1
+    return Batch(
+        input_ids,
+        mask,
+        labels,
+        torch.tensor(weights, dtype=torch.float32),
+        torch.stack(pixels) if pixels else None,
+        tuple(f"{row['id']} ({row['place']})" for row in rows),
+    )
+
+
+class BatchReader:
+    """Micro-batches of a prepared set, pixels included."""
+
+    def __init__(self, prepared: PreparedSet, reader: ImageReader, pad_id: int) -> None:
+        self.prepared, self.reader, self.pad_id = prepared, reader, pad_id
+
+    def __call__(self, micro_batch: MicroBatch) -> Batch:
+        rows = [self.prepared.table[sample] for sample in micro_batch.samples]
+        pixels = [
+            self.reader.read(self.prepared.image_root(row["source"]), path) for row in rows for path in row["images"]
+        ]
+        return collate(rows, list(micro_batch.weights), pixels, self.pad_id)
+
+
+class StepDataset(Dataset[list[Batch]]):
+    """Item n is step n: this rank's micro-batches. A pure function of the plan, so any step can come next."""
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        plan: Plan,
+        rows: Sequence[int],
+        place: tuple[int, int],
+        micro: tuple[int, str],
+    ) -> None:
+        """`rows` of the prepared set are the plan's samples; `place` is (rank, world size)."""
+        self.reader, self.plan, self.rows = reader, plan, rows
+        self.rank, self.world_size = place
+        self.micro_batch_size, self.normalization = micro
+
+    def __len__(self) -> int:
+        return self.plan.total_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        prepared = self.reader.prepared
+        dealt = deal(
+            [self.rows[sample] for sample in self.plan.step(step)],
+            prepared.lengths,
+            prepared.supervised,
+            self.world_size,
+            self.micro_batch_size,
+            self.normalization,
+        )
+        return [self.reader(micro_batch) for micro_batch in dealt[self.rank]]
+
+
+def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[list[Batch]]:
+    """Steps `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one)."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, len(dataset)),
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="forkserver" if num_workers else None,
+    )
+    return iter(loader)

@@ -1,0 +1,121 @@
+"""The plan: which samples make step n, and how they are dealt to ranks. Pure, O(1) to any step.
+
+A step is a set of samples: it depends on the seed and the global batch size alone. How its samples are cut
+into micro-batches is a second function, so the number of devices never changes what a step trains on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a run: every sample once an epoch, the last step of an epoch may be smaller.
+
+    Attributes:
+        samples: size of the training set.
+        global_batch_size: samples a step.
+        total_steps: steps of the run.
+        seed: seed of the order.
+    """
+
+    samples: int
+    global_batch_size: int
+    total_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, samples: int, global_batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
+        """A plan for `epochs` passes, or for `max_steps` if that is given."""
+        per_epoch = math.ceil(samples / global_batch_size)
+        total = max_steps if max_steps is not None else max(1, math.ceil(per_epoch * epochs))
+        return cls(samples, global_batch_size, total, seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one pass over the data."""
+        return math.ceil(self.samples / self.global_batch_size)
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data when `step` (from 0) is done."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch + min(1.0, (within + 1) * self.global_batch_size / self.samples)
+
+    def step(self, index: int) -> list[int]:
+        """Indices of the samples of step `index`, in their order."""
+        epoch, within = divmod(index, self.steps_per_epoch)
+        start = within * self.global_batch_size
+        return _order(self.samples, self.seed, epoch)[start : start + self.global_batch_size].tolist()
+
+
+@lru_cache(maxsize=2)
+def _order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(samples)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through the model together, and the weight of each one's tokens in the step's loss."""
+
+    samples: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def deal(
+    samples: Sequence[int],
+    lengths: np.ndarray,
+    supervised: np.ndarray,
+    world_size: int,
+    micro_batch_size: int,
+    normalization: str,
+) -> list[list[MicroBatch]]:
+    """Cut a step into micro-batches, the same number on every rank.
+
+    Samples are sorted by length, so that one micro-batch pads little, and dealt round-robin, so that ranks
+    carry alike. Where samples do not suffice a rank repeats one with weight 0: collective operations stay
+    in step and the loss is unchanged.
+
+    Args:
+        samples: the step's samples.
+        lengths: tokens of each sample of the set, (set size,).
+        supervised: positions that carry loss of each sample of the set, (set size,).
+        normalization: `tokens` (every token of the step counts alike), `samples` (every sample alike) or
+            `micro_batch` (every micro-batch alike, its tokens alike: what averaging over devices and
+            accumulation does in the original).
+
+    Returns:
+        For each rank its micro-batches. The loss of the step is the sum of weight * nll over all of them.
+    """
+    ordered = sorted(samples, key=lambda sample: (-int(lengths[sample]), sample))
+    count = math.ceil(len(ordered) / (world_size * micro_batch_size))
+    buckets: list[list[int]] = [[] for _ in range(count * world_size)]
+    # Neighbours in length share a micro-batch; the cut is even, so no bucket is left nearly empty.
+    for index, part in enumerate(np.array_split(np.array(ordered), len(buckets))):
+        buckets[index] = part.tolist()
+    weight_of = _weights(buckets, supervised, normalization)
+    batches = [
+        MicroBatch(tuple(bucket), tuple(weight_of[sample] for sample in bucket))
+        if bucket
+        else MicroBatch((ordered[-1],), (0.0,))
+        for bucket in buckets
+    ]
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: str) -> dict[int, float]:
+    filled = [bucket for bucket in buckets if bucket]
+    if normalization == "tokens":
+        total = sum(int(supervised[sample]) for bucket in filled for sample in bucket)
+        return {sample: 1.0 / total for bucket in filled for sample in bucket}
+    if normalization == "samples":
+        count = sum(len(bucket) for bucket in filled)
+        return {sample: 1.0 / (count * int(supervised[sample])) for bucket in filled for sample in bucket}
+    return {
+        sample: 1.0 / (len(filled) * sum(int(supervised[s]) for s in bucket)) for bucket in filled for sample in bucket
+    }

@@ -1,0 +1,1 @@
+"""The embedded default: tiny backbones and the whole recipe on easy-vqa."""

@@ -1,0 +1,39 @@
+"""What can go wrong, as types: each message says what, where, and what to do.
+
+`exit_code` is what the command line exits with: 2 when the request was wrong (recipe, data, a folder),
+1 when the work itself failed.
+"""
+
+from __future__ import annotations
+
+
+class LlavaTrainError(Exception):
+    """Base of every error that is a message to the user rather than a bug."""
+
+    exit_code = 2
+
+
+class RecipeError(LlavaTrainError):
+    """The recipe is wrong; the message lists every fault with its place in the YAML."""
+
+
+class DataError(LlavaTrainError):
+    """A record, an image or a template cannot be used; the message names file, place and cause."""
+
+
+class CheckpointError(LlavaTrainError):
+    """A folder is no model, or its weights do not fit."""
+
+
+class ExportError(LlavaTrainError):
+    """The model cannot be written in the asked layout, or what was written does not match."""
+
+
+class StorageError(LlavaTrainError):
+    """There is no room, or no right, to write what is about to be written."""
+
+
+class TrainingError(LlavaTrainError):
+    """Training cannot go on (a loss that is not finite, a step that failed)."""
+
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""How good is it: tasks, metrics, evaluation of a model folder."""

@@ -1,0 +1,1 @@
+"""The model: encoder, connector and LLM as transformers' own Llava class."""

@@ -1,0 +1,283 @@
+"""Model folders: what inference needs, strict in both directions.
+
+A folder of ours holds `llava_train.json` (the manifest), `config.json`, the tokenizer, the image processor, the
+chat template and `weights.safetensors`: the weights that differ from the parts' sources, nothing twice. A stock
+`LlavaForConditionalGeneration` folder loads too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from llava_train.errors import CheckpointError
+from llava_train.files import ensure_space, sha256_file, write_json
+from llava_train.model.assemble import Assembly, fingerprint, join, widths
+from llava_train.model.connectors import build_connector
+from llava_train.model.encoders import key_report, load_vision_tower, vision_shape
+from llava_train.model.llm import grow_vocabulary, load_llm, set_rows
+from llava_train.model.spec import MANIFEST, ModelSpec, PartSource, read_spec
+from llava_train.model.tuning import add_lora, merge_lora, part_of
+
+WEIGHTS = "weights.safetensors"
+TEMPLATE = "training_template.jinja"
+_NEW_ROWS = ("new_rows.embedding", "new_rows.head")
+
+
+def save_model(assembly: Assembly, folder: Path) -> None:
+    """Write a model folder of ours into `folder` (which exists). Raises StorageError if it does not fit."""
+    tensors = own_tensors(assembly)
+    ensure_space(folder, sum(t.nbytes for t in tensors.values()) + 20_000_000, "the model")
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    assembly.model.config.save_pretrained(folder)
+    assembly.model.generation_config.save_pretrained(folder)
+    assembly.tokenizer.save_pretrained(folder)
+    assembly.image_processor.save_pretrained(folder)
+    (folder / TEMPLATE).write_text(assembly.template, encoding="utf-8")
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    write_json(folder / MANIFEST, {**assembly.spec.to_dict(), "files": files})
+
+
+def own_tensors(assembly: Assembly) -> dict[str, torch.Tensor]:
+    """The tensors that the parts' sources do not have: trained parts, the connector, adapters, new rows."""
+    spec, model = assembly.spec, assembly.model
+    included = {"vision": spec.vision.included, "connector": True, "llm": spec.llm.included}
+    tied = model.config.tie_word_embeddings
+    tensors = {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in model.state_dict().items()
+        if (included[part_of(name)] or ".lora_" in name) and not (tied and name == "lm_head.weight")
+    }
+    if not spec.llm.included:
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        for key, weight in zip(_NEW_ROWS, (embedding, head)):
+            rows = weight[assembly.old_vocabulary :].detach().clone().cpu()
+            if len(rows):
+                tensors[key] = rows
+    return tensors
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds the model: a run's `final/`, or the folder itself. Raises CheckpointError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: no such folder (a model is a run folder, an export or a Llava folder)")
+    if (folder / "final" / MANIFEST).is_file():
+        return folder / "final"
+    if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
+        return folder
+    if (folder / "recipe.yaml").is_file():
+        raise CheckpointError(f"{path}: this run has no final/ yet; let it finish (llava-train train resumes it)")
+    raise CheckpointError(f"{path}: is no model: it has neither {MANIFEST} nor config.json")
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:
+    """Load a run folder, a model folder of ours, or a stock Llava folder. Every key must fit.
+
+    Args:
+        path: the folder.
+        dtype: precision of all weights.
+        attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
+
+    Raises:
+        CheckpointError: no model, missing or unexpected keys (listed), damaged or changed files.
+    """
+    folder = model_folder(path)
+    if not (folder / MANIFEST).is_file():
+        return load_stock(folder, dtype, attn_implementation)
+    spec = read_spec(folder)
+    _verify_files(folder)
+    assembly = _rebuild(folder, spec, attn_implementation)
+    tensors = _read_weights(folder / WEIGHTS)
+    _fill(assembly, tensors, folder)
+    assembly.model.to(dtype).eval()
+    return assembly
+
+
+def merged(assembly: Assembly) -> Assembly:
+    """The same model with its adapters folded in; the parts that had some are then its own."""
+    if assembly.spec.lora is None:
+        return assembly
+    adapted = {part_of(name) for name in assembly.spec.lora.targets}
+    merge_lora(assembly.model)
+    spec = assembly.spec
+    spec = replace(
+        spec,
+        lora=None,
+        vision=replace(spec.vision, included=spec.vision.included or "vision" in adapted),
+        llm=replace(spec.llm, included=spec.llm.included or "llm" in adapted),
+    )
+    return replace(assembly, spec=spec)
+
+
+def _verify_files(folder: Path) -> None:
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files", {})
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing (the manifest lists it)")
+        if sha256_file(path) != digest:
+            raise CheckpointError(f"{path}: does not match its sha256 in {MANIFEST}: changed or damaged")
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def _rebuild(folder: Path, spec: ModelSpec, attn_implementation: str) -> Assembly:
+    """The model around its weights: parts from their sources, or empty where the folder includes them."""
+    config = LlavaConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    old_vocabulary = 0
+    if spec.llm.included:
+        llm = _empty(config.text_config, causal=True, attn_implementation=attn_implementation)
+    else:
+        llm, old_vocabulary = _source_llm(spec.llm, len(tokenizer), attn_implementation)
+    tower = (
+        _empty(config.vision_config, causal=False, attn_implementation="sdpa")
+        if spec.vision.included
+        else _source_tower(spec.vision)
+    )
+    shape = vision_shape(config.vision_config, spec.image_size)
+    positions = shape.tokens(config.vision_feature_select_strategy)
+    connector = build_connector(spec.connector, widths(config, positions), config, spec.connector_options)
+    config.text_config, config.vision_config = llm.config, tower.config
+    model = join(config, tower, llm, connector)
+    if spec.lora:
+        add_lora(model, spec.lora)
+    template = (folder / TEMPLATE).read_text(encoding="utf-8")
+    return Assembly(model, tokenizer, image_processor, spec, template, old_vocabulary)
+
+
+def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM if causal else AutoModel
+    return kind.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:
+    if source.kind == "llava":
+        stock = load_stock(Path(source.path), torch.float32, attn_implementation)
+        llm = _Decoder(stock.model)
+        old = stock.old_vocabulary
+    else:
+        llm = load_llm(source.path, attn_implementation, source.revision)
+        old = int(llm.get_input_embeddings().weight.shape[0])
+    _same(source, fingerprint(llm, old) if source.kind != "llava" else None)
+    if source.kind != "llava":
+        grow_vocabulary(llm, tokens, seed=0)
+    return llm, old
+
+
+def _source_tower(source: PartSource) -> Any:
+    if source.kind == "llava":
+        return load_stock(Path(source.path), torch.float32).model.model.vision_tower
+    tower = load_vision_tower(source.path, source.revision)
+    _same(source, fingerprint(tower))
+    return tower
+
+
+class _Decoder:
+    """The decoder of a stock Llava model with the interface that `join` and `set_rows` use."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        self._model = model
+        self.config = model.config.text_config
+        self.generation_config = model.generation_config
+
+    def get_decoder(self) -> nn.Module:
+        return self._model.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self._model.lm_head
+
+
+def _same(source: PartSource, found: str | None) -> None:
+    if source.fingerprint and found and source.fingerprint != found:
+        raise CheckpointError(
+            f"{source.path}: these are not the weights this model was trained on "
+            f"(fingerprint {found}, expected {source.fingerprint})"
+        )
+
+
+def _fill(assembly: Assembly, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Put the stored tensors into the model; every tensor must find its place and every place its tensor."""
+    expected = own_tensors(assembly)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    mismatched = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or mismatched:
+        report = key_report(missing, {"unexpected_keys": unexpected, "mismatched_keys": mismatched})
+        raise CheckpointError(f"{folder / WEIGHTS}: the weights do not fit the model: {report}")
+    rows = [tensors.pop(key) for key in _NEW_ROWS if key in tensors]
+    if rows:
+        set_rows(assembly.model, assembly.old_vocabulary, rows[0], rows[1])
+    assembly.model.load_state_dict(tensors, strict=False)
+
+
+def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:
+    """A stock LlavaForConditionalGeneration folder, strictly."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: is no model: {error}") from error
+    if not isinstance(config, LlavaConfig):
+        raise CheckpointError(f"{folder}: holds a {config.model_type!r} model, not a Llava model")
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded as a Llava model: {error}") from error
+    missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k.endswith("lm_head.weight"))]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(f"{folder}: the weights do not fit a stock Llava model: {key_report(missing, info)}")
+    source = PartSource(str(folder), kind="llava")
+    size = processor.image_processor.crop_size or processor.image_processor.size
+    spec = ModelSpec(
+        vision=source,
+        llm=source,
+        connector="mlp2x_gelu",
+        connector_options={},
+        image_size=int(size["height"]),
+        image_tokens=_stock_image_tokens(config, int(size["height"])),
+        image_aspect_ratio="pad" if getattr(processor.image_processor, "do_pad", False) else "crop",
+        template="tokenizer",
+    )
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if not template:
+        raise CheckpointError(f"{folder}: carries no chat template")
+    return Assembly(
+        model.eval(),
+        processor.tokenizer,
+        processor.image_processor,
+        spec,
+        template,
+        int(model.get_input_embeddings().weight.shape[0]),
+    )
+
+
+def _stock_image_tokens(config: LlavaConfig, size: int) -> int:
+    return vision_shape(config.vision_config, size).tokens(config.vision_feature_select_strategy)
+

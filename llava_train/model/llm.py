@@ -1,0 +1,139 @@
+"""The language model: loading a decoder and its tokenizer, and making room for the image token."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llava_train.errors import CheckpointError
+from llava_train.model.encoders import key_report
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+_PAD_TO_MULTIPLE = 64
+
+
+def load_tokenizer(
+    path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of an LLM folder, hub id or GGUF file. Raises CheckpointError."""
+    folder, options = _where(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no tokenizer can be read from here: {error}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{path}: {type(tokenizer).__name__} is a slow tokenizer; exact labels need a fast one")
+    return tokenizer
+
+
+def load_llm(
+    path: str, attn_implementation: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A decoder LLM in its stored precision, with every weight found (CheckpointError lists what is not).
+
+    A GGUF file is dequantised to float32 into a plain model of the same architecture.
+    """
+    folder, options = _where(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=revision,
+            dtype=torch.float32 if options else "auto",
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {error}; pip install 'llava-train[gguf]'") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no language model can be read from here: {error}") from error
+    missing = [key for key in info["missing_keys"] if not (key == "lm_head.weight" and _tied(model))]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(f"{path}: weights of the language model do not fit: {key_report(missing, info)}")
+    return _plain(model) if options else model
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _where(path: str) -> tuple[str, dict[str, Any]]:
+    """(folder, options) as from_pretrained wants them; a `.gguf` path is a file in its folder."""
+    if path.endswith(".gguf"):
+        file = Path(path)
+        if not file.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        return str(file.parent), {"gguf_file": file.name}
+    return path, {}
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The dequantised model without the mark that forbids saving it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clean.load_state_dict(model.state_dict(), strict=True)
+    return clean
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make `<image>` one special token, and give the tokenizer a padding token if it has none.
+
+    Returns the id of `<image>`.
+    """
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "right"
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def grow_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:
+    """Grow embeddings and head to hold `tokens` ids, padded to a multiple of 64.
+
+    New rows are drawn from a normal distribution with the mean of the old embeddings and 1e-5 times their
+    covariance, for the head too, as transformers' `convert_llava_weights_to_hf.py` does. Nothing changes
+    where the vocabulary is large enough already.
+
+    Returns the vocabulary size before, from which on rows are new.
+    """
+    old = int(model.get_input_embeddings().weight.shape[0])
+    if tokens <= old:
+        return old
+    rows = _sample_rows(model.get_input_embeddings().weight.data, _padded(tokens) - old, seed)
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=_PAD_TO_MULTIPLE, mean_resizing=False)
+    set_rows(model, old, rows, rows)
+    return old
+
+
+def set_rows(model: PreTrainedModel, start: int, embedding: torch.Tensor, head: torch.Tensor) -> None:
+    """Write rows from `start` on into the embeddings and the head."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[start:] = embedding.to(model.get_input_embeddings().weight.dtype)
+        model.get_output_embeddings().weight[start:] = head.to(model.get_output_embeddings().weight.dtype)
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _PAD_TO_MULTIPLE) * _PAD_TO_MULTIPLE
+
+
+def _sample_rows(embeddings: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """(count, width) rows from N(mean, 1e-5 covariance) of the embeddings, in float64 on the CPU."""
+    known = embeddings.double().cpu()
+    mean = known.mean(0)
+    centred = known - mean
+    covariance = centred.T @ centred / len(known) * 1e-5
+    # A root by eigenvectors stands a covariance of less than full rank, which Cholesky does not.
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp_min(0).sqrt()
+    noise = torch.randn(count, known.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mean + noise @ root.T

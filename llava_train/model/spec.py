@@ -1,0 +1,81 @@
+"""What a model is made of, as the manifest `llava_train.json` says it: no decision is read from a name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_train.errors import CheckpointError
+from llava_train.files import read_json
+
+MANIFEST = "llava_train.json"
+FORMAT = "llava_train/model"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """Where a part's weights come from: a folder or hub id, and which kind of thing lies there.
+
+    `llava` takes the part out of a stock Llava folder. `included` says that the model folder itself holds
+    the part's weights (it was trained), so the source is history.
+    """
+
+    path: str
+    revision: str | None = None
+    kind: Literal["hf", "gguf", "llava"] = "hf"
+    included: bool = False
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """LoRA adapters in the weights: rank, alpha, dropout and the linear layers they sit on."""
+
+    r: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build the same model again around its weights."""
+
+    vision: PartSource
+    llm: PartSource
+    connector: str
+    connector_options: dict[str, Any]
+    image_size: int
+    image_tokens: int
+    image_aspect_ratio: Literal["pad", "square", "crop"]
+    template: str
+    lora: LoraSpec | None = None
+    history: tuple[str, ...] = field(default_factory=tuple)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the format's name and version first."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The manifest of a model folder of ours; CheckpointError if it is none or of a newer version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is no model folder of llava_train")
+    values = read_json(path)
+    try:
+        if values.pop("format") != FORMAT or values.pop("version") != VERSION:
+            raise CheckpointError(f"{path}: not a {FORMAT} manifest of version {VERSION}")
+        values.pop("files", None)
+        lora = values.pop("lora")
+        return ModelSpec(
+            vision=PartSource(**values.pop("vision")),
+            llm=PartSource(**values.pop("llm")),
+            lora=LoraSpec(**{**lora, "targets": tuple(lora["targets"])}) if lora else None,
+            history=tuple(values.pop("history")),
+            **values,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the manifest is damaged: {error}") from error

@@ -1,0 +1,236 @@
+"""The recipe: what a run is, as frozen values read from YAML plus `key=value` overrides.
+
+A recipe names only what differs from its `base:` (a path relative to the YAML file). The shape is the
+dataclasses below; how YAML becomes them, and how every fault is reported at once, is `llava_train.parsing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from llava_train.errors import RecipeError
+from llava_train.parsing import Fault, build, read_layers
+
+Mode = Literal["frozen", "full", "lora"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which parts make the model. `vision` and `llm` are folders or hub ids; `llm` may be a GGUF file."""
+
+    vision: str = ""
+    llm: str = ""
+    vision_revision: str | None = None
+    llm_revision: str | None = None
+    connector: str = "mlp2x_gelu"
+    connector_options: dict[str, Any] = field(default_factory=dict)
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_size: int | None = None
+    image_aspect_ratio: Literal["pad", "square", "crop"] = "pad"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One file of records; image paths in it are relative to `image_root`."""
+
+    path: str
+    image_root: str | None = None
+    format: str = "auto"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on, and how a record becomes tokens."""
+
+    template: str = "vicuna_v1"
+    train: list[SourceSettings] = field(default_factory=list)
+    validation: list[SourceSettings] = field(default_factory=list)
+    validation_fraction: float = 0.0
+    max_length: int = 2048
+    exif_orientation: bool = False
+    cache_dir: str = "runs/prepared"
+    num_workers: int = 2
+
+
+@dataclass(frozen=True)
+class PartTuning:
+    """How one part trains. Without a rate of its own it uses `optimization.learning_rate`."""
+
+    mode: Mode = "frozen"
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on every linear layer of a part (defaults: LLaVA-1.5 `finetune_lora.sh`)."""
+
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What trains: a value a part, never a stage number."""
+
+    vision: PartTuning = field(default_factory=PartTuning)
+    connector: PartTuning = field(default_factory=lambda: PartTuning("full"))
+    llm: PartTuning = field(default_factory=PartTuning)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    """Steps, rates and numbers. A step is `global_batch_size` samples on any number of devices."""
+
+    learning_rate: float = 1e-3
+    global_batch_size: int = 256
+    micro_batch_size: int = 8
+    epochs: float = 1.0
+    max_steps: int | None = None
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    loss_normalization: Literal["tokens", "samples", "micro_batch"] = "tokens"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Who runs the step: `auto` is DDP under a multi-process launch and a single process otherwise."""
+
+    kind: Literal["auto", "deepspeed"] = "auto"
+    deepspeed_config: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When state is saved and how much of it is kept. `save_every` steps; 0 saves only the final model."""
+
+    save_every: int = 500
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """What is reported, and where. `eval_every` steps; 0 evaluates only at the end."""
+
+    eval_every: int = 500
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "llava_train"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: a stage is a recipe, not code."""
+
+    name: str = "run"
+    output: str = "runs/run"
+    seed: int = 42
+    init_from: str | None = None
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, as YAML and JSON hold them."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, no `base`; loading it gives this recipe again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its bases and `dotted.key=value` overrides.
+
+    Raises RecipeError that lists every fault: unknown keys (with the nearest valid name), wrong types and
+    contradictions, each with `file:line`.
+
+    >>> load_recipe("configs/demo/stage1.yaml", ["seed=7"]).seed  # doctest: +SKIP
+    7
+    """
+    values, places = read_layers(Path(path), overrides)
+    faults: list[Fault] = []
+    recipe = build(Recipe, values, (), places, faults)
+    if not faults:
+        faults = [Fault(key, message) for key, message in contradictions(recipe)]
+    if faults:
+        lines = [f"  {places.of(fault.key)}: {'.'.join(fault.key)}: {fault.message}" for fault in faults]
+        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
+        raise RecipeError(f"{path}: {count} in the recipe\n" + "\n".join(lines))
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """Values that are fine alone and wrong together, or out of range: (key, what to do)."""
+    model, data, tune, optimization = recipe.model, recipe.data, recipe.tune, recipe.optimization
+    checks: list[tuple[bool, tuple[str, ...], str]] = [
+        (not recipe.init_from and not model.vision, ("model", "vision"), "name a vision encoder or set init_from"),
+        (not recipe.init_from and not model.llm, ("model", "llm"), "name a language model or set init_from"),
+        (tune.connector.mode == "lora", ("tune", "connector", "mode"), "a connector trains full or is frozen"),
+        (
+            {tune.vision.mode, tune.connector.mode, tune.llm.mode} == {"frozen"},
+            ("tune",),
+            "every part is frozen: nothing would train",
+        ),
+        (
+            not 0 <= data.validation_fraction < 1,
+            ("data", "validation_fraction"),
+            "must be at least 0 and below 1",
+        ),
+        (
+            bool(data.validation) and data.validation_fraction > 0,
+            ("data", "validation_fraction"),
+            "set either validation sources or a fraction, not both",
+        ),
+        (
+            optimization.micro_batch_size > optimization.global_batch_size,
+            ("optimization", "micro_batch_size"),
+            f"larger than global_batch_size {optimization.global_batch_size}",
+        ),
+        (not 0 <= optimization.warmup_ratio < 1, ("optimization", "warmup_ratio"), "must be at least 0 and below 1"),
+        (
+            recipe.engine.kind == "deepspeed" and not recipe.engine.deepspeed_config,
+            ("engine", "deepspeed_config"),
+            "the deepspeed engine needs a config file, e.g. configs/deepspeed/zero2.json",
+        ),
+        (
+            recipe.engine.kind != "deepspeed" and bool(recipe.engine.deepspeed_config),
+            ("engine", "kind"),
+            "deepspeed_config is set, so kind must be deepspeed",
+        ),
+        (not 0 <= tune.lora.dropout < 1, ("tune", "lora", "dropout"), "must be at least 0 and below 1"),
+    ]
+    positive = {
+        ("data", "max_length"): data.max_length,
+        ("optimization", "global_batch_size"): optimization.global_batch_size,
+        ("optimization", "micro_batch_size"): optimization.micro_batch_size,
+        ("optimization", "epochs"): optimization.epochs,
+        ("optimization", "learning_rate"): optimization.learning_rate,
+        ("optimization", "max_grad_norm"): optimization.max_grad_norm,
+        ("tune", "lora", "r"): tune.lora.r,
+        ("checkpoint", "keep_last"): recipe.checkpoint.keep_last,
+    }
+    checks += [(value <= 0, key, f"must be above 0, not {value}") for key, value in positive.items()]
+    return [(key, message) for wrong, key, message in checks if wrong]

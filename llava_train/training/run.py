@@ -1,0 +1,301 @@
+"""A run from its recipe: prepare what it reads, build what it trains, train it, leave a model behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
+from llava_train.data.encode import Encoder
+from llava_train.data.images import build_image_processor
+from llava_train.data.plan import MicroBatch, Plan
+from llava_train.data.prepare import PreparedSet, Source, prepare_set
+from llava_train.data.template import load_template
+from llava_train.errors import CheckpointError, DataError, RecipeError
+from llava_train.files import atomic_folder, ensure_space, sha256_json
+from llava_train.model.assemble import Assembly, assemble, with_spec
+from llava_train.model.checkpoint import load_model, merged, model_folder, own_tensors, save_model
+from llava_train.model.connectors import connector_tokens
+from llava_train.model.encoders import load_vision_config, vision_shape
+from llava_train.model.llm import add_image_token, load_tokenizer
+from llava_train.model.spec import MANIFEST, read_spec
+from llava_train.model.tuning import apply_tuning, cast_frozen, parameter_groups, tuning_table
+from llava_train.recipe import Recipe, SourceSettings
+from llava_train.training.engine import make_engine, start_processes
+from llava_train.training.loop import Course, Hooks, run_loop
+from llava_train.training.monitor import Monitor, say, write_run_report
+from llava_train.training.objective import Objective
+from llava_train.training.state import RunState, load_state, newest, retain, save_state, state_bytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe reads: the training set and, where it holds some out, the validation set."""
+
+    train: PreparedSet
+    validation: PreparedSet | None
+    train_rows: tuple[int, ...]
+    validation_rows: tuple[int, ...]
+
+
+def train(recipe: Recipe, fresh: bool = False) -> Path:
+    """Run a recipe to its end, from its newest checkpoint if it has one. Returns the run folder.
+
+    `fresh` starts over, removing what the run folder holds of an earlier run. Raises RecipeError, DataError,
+    CheckpointError, StorageError or TrainingError.
+    """
+    folder = Path(recipe.output)
+    start_processes(recipe)
+    engine = make_engine(recipe)
+    _open_folder(folder, recipe, fresh, engine.is_main)
+    engine.barrier()
+    assembly = build(recipe)
+    prepared = _prepare_in_turn(recipe, assembly, engine)
+    assembly, groups = _tune(recipe, assembly)
+    plan = _plan(recipe, prepared)
+    if engine.is_main:
+        _announce(recipe, engine, assembly, groups, prepared, plan)
+        _check_room(recipe, assembly, groups, folder)
+    optimization = recipe.optimization
+    optimizer = torch.optim.AdamW(
+        [{"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups],
+        betas=(optimization.beta1, optimization.beta2),
+        eps=optimization.epsilon,
+    )
+    engine.prepare(Objective(assembly.model).train(), optimizer)
+    identity = _identity(recipe, prepared)
+    state = load_state(folder, engine, groups, identity)
+    if state.step and engine.is_main:
+        say(f"resuming after step {state.step}")
+    course = _course(recipe, assembly, prepared, plan, engine, state)
+    monitor = Monitor(recipe, folder, plan.total_steps, state.step, engine.is_main)
+
+    def save(now: RunState) -> None:
+        save_state(folder, engine, groups, now, identity)
+        if engine.is_main:
+            retain(folder, recipe.checkpoint.keep_last)
+
+    def keep_best(now: RunState) -> None:
+        if engine.is_main:
+            _write_model(assembly, folder / "best", now)
+
+    try:
+        run_loop(recipe, engine, groups, course, state, monitor, Hooks(save, keep_best))
+    finally:
+        monitor.close()
+    if engine.is_main:
+        _write_model(assembly, folder / "final", state)
+        write_run_report(folder, recipe)
+    engine.barrier()
+    engine.finish()
+    return folder
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Make (or find) the prepared sets of a recipe, without loading any weights."""
+    encoder, image_settings = encoder_of(recipe)
+    return _prepare(recipe, encoder, image_settings)
+
+
+def encoder_of(recipe: Recipe) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of a recipe and its image settings, from configurations and tokenizer alone."""
+    if recipe.init_from:
+        folder = model_folder(recipe.init_from)
+        if not (folder / MANIFEST).is_file():
+            assembly = build(recipe)
+            return _encoder(recipe, assembly), _image_settings(recipe, assembly.spec.image_size)
+        spec = read_spec(folder)
+        tokenizer = load_tokenizer(str(folder))
+        image_tokens, size = spec.image_tokens, spec.image_size
+    else:
+        model = recipe.model
+        shape = vision_shape(load_vision_config(model.vision, model.vision_revision), model.image_size)
+        tokenizer = load_tokenizer(model.llm, model.llm_revision, model.trust_remote_code)
+        add_image_token(tokenizer)
+        positions = shape.tokens(model.vision_feature_select_strategy)
+        image_tokens, size = connector_tokens(model.connector, positions, model.connector_options), shape.image_size
+    template = load_template(recipe.data.template, tokenizer.chat_template)
+    return Encoder(tokenizer, template, image_tokens, recipe.data.max_length), _image_settings(recipe, size)
+
+
+def build(recipe: Recipe) -> Assembly:
+    """The model of a recipe: assembled from parts, or taken from `init_from` (its adapters folded in)."""
+    if recipe.init_from:
+        assembly = merged(load_model(recipe.init_from, torch.float32, recipe.model.attn_implementation))
+        template = load_template(recipe.data.template, assembly.tokenizer.chat_template)
+        history = (*assembly.spec.history, recipe.init_from)
+        assembly = with_spec(assembly, template=recipe.data.template, history=history)
+        return replace(assembly, template=template)
+    tokenizer = load_tokenizer(recipe.model.llm, recipe.model.llm_revision, recipe.model.trust_remote_code)
+    template = load_template(recipe.data.template, tokenizer.chat_template)
+    config = load_vision_config(recipe.model.vision, recipe.model.vision_revision)
+    size = vision_shape(config, recipe.model.image_size).image_size
+    processor = build_image_processor(
+        recipe.model.vision, recipe.model.image_aspect_ratio, size, recipe.model.vision_revision
+    )
+    return assemble(recipe.model, template, recipe.data.template, processor, recipe.seed)
+
+
+def _open_folder(folder: Path, recipe: Recipe, fresh: bool, is_main: bool) -> None:
+    """Make the run folder, or find it fit to continue."""
+    if not is_main:
+        return
+    ensure_space(folder, 1_000_000, "a run")
+    if fresh:
+        for name in ("checkpoints", "final", "best", "metrics.jsonl"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if (folder / "final" / MANIFEST).is_file():
+        raise RecipeError(
+            f"{folder}: holds a finished run; choose another output folder (output=...) or start over with --fresh"
+        )
+    if (folder / "metrics.jsonl").exists() and newest(folder) is None:
+        (folder / "metrics.jsonl").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _encoder(recipe: Recipe, assembly: Assembly) -> Encoder:
+    return Encoder(assembly.tokenizer, assembly.template, assembly.spec.image_tokens, recipe.data.max_length)
+
+
+def _image_settings(recipe: Recipe, size: int) -> dict[str, Any]:
+    return {"size": size, "exif_orientation": recipe.data.exif_orientation}
+
+
+def _prepare_in_turn(recipe: Recipe, assembly: Assembly, engine: Any) -> Prepared:
+    """Rank 0 prepares; the others then find the set in the cache."""
+    encoder, images = _encoder(recipe, assembly), _image_settings(recipe, assembly.spec.image_size)
+    if engine.is_main:
+        _prepare(recipe, encoder, images)
+    engine.barrier()
+    return _prepare(recipe, encoder, images)
+
+
+def _prepare(recipe: Recipe, encoder: Encoder, images: dict[str, Any]) -> Prepared:
+    if not recipe.data.train:
+        raise RecipeError("data.train: names no source of training data")
+    cache = Path(recipe.data.cache_dir)
+    train_set = prepare_set(_sources(recipe.data.train), encoder, images, cache, "train")
+    rows = tuple(range(len(train_set)))
+    if recipe.data.validation:
+        held_out = prepare_set(_sources(recipe.data.validation), encoder, images, cache, "validation")
+        return Prepared(train_set, held_out, rows, tuple(range(len(held_out))))
+    count = round(recipe.data.validation_fraction * len(rows))
+    if recipe.data.validation_fraction and not 0 < count < len(rows):
+        raise DataError(f"data.validation_fraction: {recipe.data.validation_fraction} of {len(rows)} samples is {count}")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held, kept = tuple(sorted(order[:count])), tuple(sorted(order[count:]))
+    return Prepared(train_set, train_set if count else None, kept, held)
+
+
+def _sources(settings: list[SourceSettings]) -> list[Source]:
+    return [
+        Source(Path(s.path), Path(s.image_root) if s.image_root is not None else Path(s.path).parent, s.format)
+        for s in settings
+    ]
+
+
+def _tune(recipe: Recipe, assembly: Assembly) -> tuple[Assembly, list[Any]]:
+    """Mark what trains; the parts that train in full become the model's own."""
+    if recipe.optimization.gradient_checkpointing:
+        assembly.model.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = apply_tuning(assembly.model, recipe.tune, recipe.seed)
+    cast_frozen(assembly.model, recipe.optimization.precision)
+    spec = assembly.spec
+    spec = replace(
+        spec,
+        lora=lora,
+        vision=replace(spec.vision, included=spec.vision.included or recipe.tune.vision.mode == "full"),
+        llm=replace(spec.llm, included=spec.llm.included or recipe.tune.llm.mode == "full"),
+    )
+    return replace(assembly, spec=spec), parameter_groups(assembly.model, recipe.tune, recipe.optimization)
+
+
+def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
+    optimization = recipe.optimization
+    return Plan.of(
+        len(prepared.train_rows),
+        optimization.global_batch_size,
+        optimization.epochs,
+        optimization.max_steps,
+        recipe.seed,
+    )
+
+
+def _announce(recipe: Recipe, engine: Any, assembly: Assembly, groups: list[Any], data: Prepared, plan: Plan) -> None:
+    info = data.train.info
+    say(tuning_table(assembly.model, recipe.tune, groups))
+    say(f"engine: {engine.description}")
+    say(
+        f"data: {len(data.train_rows):,} samples to train on, {len(data.validation_rows):,} held out, "
+        f"{info['mean_length']:.0f} tokens on average, {info['longest']} at most, "
+        f"{info['truncated_samples']:,} truncated; {assembly.spec.image_tokens} tokens an image"
+    )
+    say(f"plan: {plan.total_steps:,} steps of {plan.global_batch_size} samples -> {recipe.output}")
+
+
+def _check_room(recipe: Recipe, assembly: Assembly, groups: list[Any], folder: Path) -> None:
+    """Before the first step: room for the checkpoints that will be kept, the best and the final model."""
+    model = sum(tensor.nbytes for tensor in own_tensors(assembly).values()) + 20_000_000
+    checkpoints = (recipe.checkpoint.keep_last + 1) * state_bytes(groups) if recipe.checkpoint.save_every else 0
+    ensure_space(folder, 3 * model + checkpoints, "this run (checkpoints, best and final model)")
+
+
+def _identity(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """What must not change on resume. Where it runs and what it reports may."""
+    values = recipe.to_dict()
+    for free in ("name", "output", "engine", "checkpoint", "monitor"):
+        values.pop(free)
+    for free in ("cache_dir", "num_workers", "train", "validation"):
+        values["data"].pop(free)
+    values["data.train"] = prepared.train.fingerprint
+    values["data.validation"] = prepared.validation.fingerprint if prepared.validation else None
+    flat = _flatten(values)
+    return {"recipe_sha256": sha256_json(flat), **flat}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _course(
+    recipe: Recipe, assembly: Assembly, prepared: Prepared, plan: Plan, engine: Any, state: RunState
+) -> Course:
+    pad_id = int(assembly.tokenizer.pad_token_id)
+    images = ImageReader(assembly.image_processor, recipe.data.exif_orientation)
+    micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
+    reader = BatchReader(prepared.train, images, pad_id)
+    dataset = StepDataset(reader, plan, prepared.train_rows, (engine.rank, engine.world_size), micro)
+    steps = load_steps(dataset, state.step, recipe.data.num_workers)
+    if prepared.validation is None:
+        return Course(plan, steps, None)
+    held_out = BatchReader(prepared.validation, images, pad_id)
+    mine = prepared.validation_rows[engine.rank :: engine.world_size]
+
+    def validation() -> Iterator[Batch]:
+        size = recipe.optimization.micro_batch_size
+        for start in range(0, len(mine), size):
+            rows = mine[start : start + size]
+            yield held_out(MicroBatch(rows, (0.0,) * len(rows)))
+
+    return Course(plan, steps, validation)
+
+
+def _write_model(assembly: Assembly, folder: Path, state: RunState) -> None:
+    try:
+        with atomic_folder(folder) as temporary:
+            save_model(assembly, temporary)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the model of step {state.step} cannot be written: {error}") from error
