@@ -23,7 +23,18 @@ _WHERE = {
     "run_demo": "llava_train.demo.run",
 }
 
-__all__ = ["Chat", "Recipe", "evaluate", "export", "inspect", "load_model", "load_recipe", "prepare", "run_demo", "train"]
+__all__ = [
+    "Chat",
+    "Recipe",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_model",
+    "load_recipe",
+    "prepare",
+    "run_demo",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

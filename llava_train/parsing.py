@@ -124,7 +124,7 @@ def _set(values: dict[str, Any], key: Key, value: Any) -> None:
 def build(kind: Any, value: Any, key: Key, places: Places, faults: list[Fault]) -> Any:
     """`value` as an instance of the annotation `kind`; every mismatch is added to `faults`."""
     if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, key, places, faults)
+        return _build_dataclass(kind, value, key, places, faults, default=None)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _build_union(arguments, value, key, places, faults)
@@ -146,24 +146,29 @@ def build(kind: Any, value: Any, key: Key, places: Places, faults: list[Fault]) 
     return value
 
 
-def _build_dataclass(kind: Any, value: Any, key: Key, places: Places, faults: list[Fault]) -> Any:
+def _build_dataclass(kind: Any, value: Any, key: Key, places: Places, faults: list[Fault], default: Any) -> Any:
+    """A section. `default` is its parent's default for it, which what is written here changes field by field."""
     if not isinstance(value, dict):
         faults.append(Fault(key, f"must be a mapping of keys to values, not {_said(value)}"))
         return None
     hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in value:
-        if name not in names:
-            faults.append(Fault((*key, str(name)), f"unknown key{suggest(str(name), names)}"))
-    arguments = {
-        name: build(hints[name], value[name], (*key, name), places, faults) for name in names if name in value
-    }
-    for f in dataclasses.fields(kind):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and f.name not in arguments:
-            faults.append(Fault((*key, f.name), "is missing"))
+        if name not in fields:
+            faults.append(Fault((*key, str(name)), f"unknown key{suggest(str(name), fields)}"))
+    arguments = {}
+    for name, f in fields.items():
+        if name in value:
+            below = (*key, name)
+            if dataclasses.is_dataclass(hints[name]) and f.default_factory is not dataclasses.MISSING:
+                own = f.default_factory()
+                arguments[name] = _build_dataclass(hints[name], value[name], below, places, faults, own)
+            else:
+                arguments[name] = build(hints[name], value[name], below, places, faults)
+        elif default is None and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            faults.append(Fault((*key, name), "is missing"))
             return None
-    return kind(**arguments)
+    return kind(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
 def _build_union(choices: tuple[Any, ...], value: Any, key: Key, places: Places, faults: list[Fault]) -> Any:

@@ -115,7 +115,7 @@ def _compare_template(folder: Path, name: str, part: dict[str, Any], objective: 
     return {
         "records": len(made),
         "record_loss": max(loss_differences),
-        "batch_loss": abs(float(loss) - part["batch_loss"]) / part["batch_loss"],
+        "batch_loss": abs(loss.item() - part["batch_loss"]) / part["batch_loss"],
         "projector_gradient": squared**0.5 / norm["mm_projector"],
         "llm_gradient_norm": abs(llm_norm - norm["language_model"]) / norm["language_model"],
         "pixel_mean": max(pixel_differences),

@@ -150,6 +150,5 @@ def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[l
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="forkserver" if num_workers else None,
     )
     return iter(loader)

@@ -70,9 +70,7 @@ def _check_size(path: Path, image: Image.Image) -> None:
         raise DataError(f"{path}: {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
 
 
-def build_image_processor(
-    folder: str, aspect_ratio: AspectRatio, size: int, revision: str | None = None
-) -> Any:
+def build_image_processor(folder: str, aspect_ratio: AspectRatio, size: int, revision: str | None = None) -> Any:
     """A transformers image processor that gives (3, size, size) pixels as the tower expects them.
 
     Colours and resampling are the tower's own (its `preprocessor_config.json`); the shape is ours:

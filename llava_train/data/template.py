@@ -64,3 +64,33 @@ def strip_marks(text: str) -> str:
         return f"{{#{left} {right}#}}" if left or right else ""
 
     return _MARK.sub(unmarked, re.sub(r"\A\{#-?.*?-#\}\n?", "", text, flags=re.DOTALL))
+
+
+_PARTS_PREAMBLE = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- else -%}
+{%- set piece = namespace(images='', text='') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set piece.images = piece.images + '<image>\\n' -%}
+{%- elif part['type'] == 'text' -%}
+{%- set piece.text = piece.text + part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': piece.images + piece.text}] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+def portable(template: str) -> str:
+    """The template for chat: without marks, and for messages whose content is a list of image and text parts.
+
+    Images are written first, each followed by a newline, as training data has them. A template that was made
+    for chat already (it has no marks) is returned as it is.
+    """
+    return _PARTS_PREAMBLE + strip_marks(template) if _MARK.search(template) else template

@@ -57,9 +57,7 @@ def assemble(settings: ModelSettings, template: str, template_name: str, image_p
     config = llava_config(settings, tower, llm, image_token_id, int(tokenizer.pad_token_id), positions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        connector = build_connector(
-            settings.connector, widths(config, positions), config, settings.connector_options
-        )
+        connector = build_connector(settings.connector, widths(config, positions), config, settings.connector_options)
     model = join(config, tower, llm, connector)
     spec = ModelSpec(
         vision=PartSource(settings.vision, settings.vision_revision, fingerprint=fingerprint(tower)),
@@ -151,7 +149,7 @@ def fingerprint(part: nn.Module, rows: int | None = None) -> str:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     described = []
     for name, tensor in sorted(part.state_dict().items()):
-        grown = rows is not None and ("embed" in name or name.startswith("lm_head")) and tensor.ndim == 2
+        grown = rows is not None and (name.endswith("embed_tokens.weight") or name.startswith("lm_head."))
         whole = tensor.detach()[:rows] if grown else tensor.detach()
         bits = whole.contiguous().view(integers[tensor.element_size()])
         described.append([name, list(whole.shape), int(bits.sum(dtype=torch.int64))])

@@ -280,4 +280,3 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
 
 def _stock_image_tokens(config: LlavaConfig, size: int) -> int:
     return vision_shape(config.vision_config, size).tokens(config.vision_feature_select_strategy)
-

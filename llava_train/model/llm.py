@@ -17,9 +17,7 @@ PAD_TOKEN = "<pad>"
 _PAD_TO_MULTIPLE = 64
 
 
-def load_tokenizer(
-    path: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The fast tokenizer of an LLM folder, hub id or GGUF file. Raises CheckpointError."""
     folder, options = _where(path)
     try:

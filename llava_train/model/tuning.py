@@ -56,6 +56,8 @@ def merge_lora(model: LlavaForConditionalGeneration) -> None:
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def apply_tuning(model: LlavaForConditionalGeneration, tune: TuneSettings, seed: int) -> LoraSpec | None:
@@ -100,10 +102,16 @@ def is_adapter(name: str) -> bool:
 
 
 def cast_frozen(model: LlavaForConditionalGeneration, precision: str) -> None:
-    """Keep trained weights and the connector in float32, and frozen ones in the run's precision."""
+    """Put frozen parts into the run's precision.
+
+    Trained weights, the connector, and every weight of a part that trains in full stay in float32: layers of one
+    part meet outside autocast, too.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    full = {"connector", *(part_of(name) for name in trained if not is_adapter(name))}
     for name, parameter in model.named_parameters():
-        keep = parameter.requires_grad or part_of(name) == "connector"
+        keep = parameter.requires_grad or part_of(name) in full
         parameter.data = parameter.data.to(torch.float32 if keep else dtype)
 
 

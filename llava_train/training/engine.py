@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
 from torch import nn
 
@@ -27,10 +28,12 @@ class Engine:
 
     def __init__(self, recipe: Recipe) -> None:
         state = start_processes(recipe)
+        # Accelerate keeps one precision a process; a second run in this process may want another.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             cpu=state.device.type == "cpu",
             mixed_precision=_mixed_precision(recipe),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
 
     @property
@@ -61,11 +64,8 @@ class Engine:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take module and optimizer over (device, wrapping, precision)."""
+        self.unwrapped = module
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
-
-    def unwrapped(self) -> nn.Module:
-        """The module as it was given."""
-        return self.accelerator.unwrap_model(self.module, keep_torch_compile=False)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -114,9 +114,13 @@ class ZeroEngine(Engine):
     """DeepSpeed ZeRO. The step's boundary is set by us: the engine's own accumulation is 1."""
 
     def __init__(self, recipe: Recipe) -> None:
-        start_processes(recipe)
-        _join_deepspeed()
         config = read_json(Path(str(recipe.engine.deepspeed_config)))
+        if config.get("zero_optimization", {}).get("stage", 0) not in (1, 2):
+            raise RecipeError(
+                f"{recipe.engine.deepspeed_config}: ZeRO stages 1 and 2 are supported; stage 3 is not yet"
+            )
+        if "WORLD_SIZE" not in os.environ:
+            raise RecipeError("engine.kind: deepspeed runs under a launcher: deepspeed scripts/train.py RECIPE")
         config |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -125,15 +129,12 @@ class ZeroEngine(Engine):
             "fp16": {"enabled": recipe.optimization.precision == "fp16"},
             "zero_allow_untested_optimizer": True,
         }
-        if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
-            raise RecipeError("engine.deepspeed_config: ZeRO stages 1 and 2 are supported; stage 3 is not yet")
         self._stage = config["zero_optimization"]["stage"]
-        plugin = DeepSpeedPlugin(hf_ds_config=config)
-        self.accelerator = Accelerator(
-            deepspeed_plugin=plugin,
-            mixed_precision=_mixed_precision(recipe),
-            cpu=PartialState().device.type == "cpu",
-        )
+        start_processes(recipe)
+        _join_deepspeed()
+        AcceleratorState._reset_state()
+        # The device was chosen by start_processes; `cpu=True` here would make Accelerate forget DeepSpeed.
+        self.accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
     @property
     def description(self) -> str:

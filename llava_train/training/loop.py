@@ -113,9 +113,7 @@ def _require_finite(what: str, value: float, step: int, micro_batches: list[Batc
         )
 
 
-def _evaluate(
-    engine: Engine, batches: Iterator[Batch], state: RunState, monitor: Monitor, hooks: Hooks
-) -> None:
+def _evaluate(engine: Engine, batches: Iterator[Batch], state: RunState, monitor: Monitor, hooks: Hooks) -> None:
     """Mean loss a supervised token over the held-out part, each rank its share; keeps the best model."""
     loss, count = validation_loss(engine, batches)
     monitor.evaluation({"step": state.step, "eval/loss": loss, "eval/tokens": count})
@@ -126,7 +124,7 @@ def _evaluate(
 
 def validation_loss(engine: Engine, batches: Iterator[Batch]) -> tuple[float, int]:
     """(mean nll of a supervised token, number of them) over all ranks."""
-    objective = engine.unwrapped()
+    objective = engine.unwrapped
     assert isinstance(objective, Objective)
     objective.eval()
     total, count = 0.0, 0

@@ -26,7 +26,7 @@ from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.spec import MANIFEST, read_spec
 from llava_train.model.tuning import apply_tuning, cast_frozen, parameter_groups, tuning_table
 from llava_train.recipe import Recipe, SourceSettings
-from llava_train.training.engine import make_engine, start_processes
+from llava_train.training.engine import make_engine
 from llava_train.training.loop import Course, Hooks, run_loop
 from llava_train.training.monitor import Monitor, say, write_run_report
 from llava_train.training.objective import Objective
@@ -50,7 +50,6 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     CheckpointError, StorageError or TrainingError.
     """
     folder = Path(recipe.output)
-    start_processes(recipe)
     engine = make_engine(recipe)
     _open_folder(folder, recipe, fresh, engine.is_main)
     engine.barrier()
@@ -188,7 +187,9 @@ def _prepare(recipe: Recipe, encoder: Encoder, images: dict[str, Any]) -> Prepar
         return Prepared(train_set, held_out, rows, tuple(range(len(held_out))))
     count = round(recipe.data.validation_fraction * len(rows))
     if recipe.data.validation_fraction and not 0 < count < len(rows):
-        raise DataError(f"data.validation_fraction: {recipe.data.validation_fraction} of {len(rows)} samples is {count}")
+        raise DataError(
+            f"data.validation_fraction: {recipe.data.validation_fraction} of {len(rows)} samples is {count}"
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held, kept = tuple(sorted(order[:count])), tuple(sorted(order[count:]))
     return Prepared(train_set, train_set if count else None, kept, held)
@@ -270,9 +271,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _course(
-    recipe: Recipe, assembly: Assembly, prepared: Prepared, plan: Plan, engine: Any, state: RunState
-) -> Course:
+def _course(recipe: Recipe, assembly: Assembly, prepared: Prepared, plan: Plan, engine: Any, state: RunState) -> Course:
     pad_id = int(assembly.tokenizer.pad_token_id)
     images = ImageReader(assembly.image_processor, recipe.data.exif_orientation)
     micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)

@@ -1,0 +1,277 @@
+"""The command line: `llava-train COMMAND ...`.
+
+Progress and logs go to stderr, results to stdout. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava_train import __version__
+from llava_train.errors import LlavaTrainError
+
+_RECIPE_HELP = "a YAML file, e.g. configs/demo/stage1.yaml"
+_OVERRIDE_HELP = "change a key of the recipe, e.g. optimization.learning_rate=2e-4 output=runs/mine"
+_MODEL_HELP = "a run folder, an exported folder, or any stock LlavaForConditionalGeneration folder"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. A user's fault is one message, never a traceback (see --debug)."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    _quiet_libraries(options.debug)
+    try:
+        run: Callable[[argparse.Namespace], int | None] = options.run
+        return run(options) or 0
+    except LlavaTrainError as error:
+        if options.debug:
+            raise
+        print(f"llava-train {options.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        again = "; the same command goes on from the last checkpoint" if options.command in ("train", "demo") else ""
+        print(f"\nllava-train {options.command}: stopped{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if options.debug:
+            raise
+        print(f"llava-train {options.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Keep the libraries' notes off the screen unless asked for; their errors still come."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="llava-train",
+        description="Train, fine-tune and export LLaVA-style vision-language models.",
+        epilog="Start with `llava-train demo`: the whole recipe on a CPU in minutes.",
+    )
+    parser.add_argument("--version", action="version", version=f"llava-train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_prepare, _add_inspect, _add_train, _add_evaluate, _add_export, _add_chat):
+        command = add(commands)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' logs")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole recipe on an embedded default, on a CPU in minutes",
+        description="Both stages on easy-vqa with the package's tiny backbones, then export, check and evaluation.\n"
+        "Ends with OUT/report.json, OUT/report.html and a model to chat with.",
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder of the runs and the report (default: %(default)s)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tenth of the steps, 512 test questions: shows the road, not the figures",
+    )
+    parser.set_defaults(run=_demo)
+    return parser
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "prepare",
+        help="check and tokenise a recipe's data before a GPU is touched",
+        description="Reads, validates and tokenises everything a recipe trains on, without loading any weights.\n"
+        "`train` does it when it is missing; what was prepared once is found again. Prints one JSON.",
+    )
+    _recipe_arguments(parser)
+    parser.set_defaults(run=_prepare)
+    return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what of each record is supervised",
+        description="Shows the training records as the model sees them: supervised text green, the rest dim,\n"
+        "an image as one block. With --jsonl: one JSON a record (id, input_ids, labels, image_token_id, image_tokens).",
+    )
+    _recipe_arguments(parser)
+    parser.add_argument("--n", type=int, help="only the first N records (default: 5, with --jsonl all)")
+    parser.add_argument("--jsonl", action="store_true", help="machine-readable, labels unshifted, -100 unsupervised")
+    parser.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train",
+        help="train a recipe, or go on where it stopped",
+        description="Runs a recipe to its end. The run folder (key `output`) gets metrics.jsonl, checkpoints/, best/,\n"
+        "final/ and report.html. Started again on the same folder it resumes from the newest checkpoint.\n\n"
+        "Several processes: torchrun --nproc_per_node 8 scripts/train.py RECIPE, or deepspeed scripts/train.py RECIPE.",
+    )
+    _recipe_arguments(parser)
+    parser.add_argument("--fresh", action="store_true", help="start over: removes what the run folder holds")
+    parser.set_defaults(run=_train)
+    return parser
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "evaluate",
+        help="exact match of a model's answers on records",
+        description="Asks the model every record's question (all turns but the last) and compares its greedy answer\n"
+        "with the last turn. Prints one JSON: exact_match, and constant_accuracy, the best that words alone can give.",
+    )
+    parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("--data", required=True, help="records, e.g. LLaVA JSON")
+    parser.add_argument("--image-root", help="folder that image paths start from (default: that of --data)")
+    parser.add_argument("--shuffle-images", action="store_true", help="give each question the picture of another")
+    parser.add_argument("--limit", type=int, help="only the first LIMIT records")
+    parser.add_argument("--batch-size", type=int, default=64, help="questions at a time (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
+    parser.add_argument("--out", help="write every answer as JSONL to this file")
+    parser.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint that chat back ends load, and prove it",
+        description="Merges adapters, writes the folder, loads it with stock transformers in a fresh process and compares\n"
+        "logits and prompt. The proof lies beside the weights in export_report.json.",
+    )
+    parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("out", help="folder to make")
+    parser.add_argument("--to", default="hf", help="target layout (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.set_defaults(run=_export)
+    return parser
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model about pictures",
+        description="A conversation in the terminal; answers stream. /image PATH adds a picture, /clear starts over,\n"
+        "/save FILE.json writes the conversation, /quit ends. With --prompt: one answer, then the end.",
+    )
+    parser.add_argument("model", help=_MODEL_HELP)
+    parser.add_argument("--image", action="append", default=[], help="a picture to begin with (can be repeated)")
+    parser.add_argument("--prompt", help="ask this once and end")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.set_defaults(run=_chat)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=_RECIPE_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDE_HELP)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from llava_train.demo.run import run_demo
+
+    run_demo(options.out, quick=options.quick)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from llava_train.recipe import load_recipe
+    from llava_train.training.run import prepare
+
+    prepared = prepare(load_recipe(options.recipe, options.overrides))
+    keys = ("samples", "tokens", "mean_length", "longest", "truncated_samples", "fingerprint")
+    result = {"folder": str(prepared.train.folder), **{key: prepared.train.info[key] for key in keys}}
+    print(json.dumps({**result, "train": len(prepared.train_rows), "held_out": len(prepared.validation_rows)}))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from llava_train.inspection import coloured, inspect
+    from llava_train.recipe import load_recipe
+    from llava_train.training.run import encoder_of
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.jsonl:
+        for row in inspect(recipe, options.n):
+            print(json.dumps(row))
+        return
+    encoder, _ = encoder_of(recipe)
+    for row in inspect(recipe, 5 if options.n is None else options.n):
+        print(coloured(row, encoder), end="\n\n")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from llava_train.recipe import load_recipe
+    from llava_train.training.monitor import say
+    from llava_train.training.run import train
+
+    folder = train(load_recipe(options.recipe, options.overrides), fresh=options.fresh)
+    say(f"done: {folder}; next: llava-train chat {folder} --image PICTURE, or llava-train export {folder} OUT")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(folder)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from llava_train.evaluation.run import evaluate
+
+    result = evaluate(
+        options.model,
+        options.data,
+        options.image_root,
+        shuffle_images=options.shuffle_images,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit,
+    )
+    if options.out:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+        Path(options.out).write_text(lines, encoding="utf-8")
+    print(json.dumps(result.figures))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from llava_train.exporters.run import export
+
+    print(export(options.model, options.out, options.to, options.dtype, options.overwrite))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    import torch
+
+    from llava_train.chat.session import Chat
+    from llava_train.chat.terminal import converse, one_shot
+    from llava_train.model.checkpoint import load_model
+
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    assembly = load_model(options.model, torch.float32 if device == "cpu" else torch.bfloat16)
+    assembly.model.to(device)
+    chat = Chat(assembly, options.max_new_tokens, options.temperature)
+    for image in options.image:
+        chat.show(image)
+    if options.prompt is None:
+        converse(chat)
+    else:
+        one_shot(chat, options.prompt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

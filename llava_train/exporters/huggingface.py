@@ -1,0 +1,122 @@
+"""Target `hf`: a folder that stock transformers, and what builds on it, loads as LlavaForConditionalGeneration.
+
+Key names are those of the long-lived dialect (`language_model.*`, `vision_tower.vision_model.*`,
+`multi_modal_projector.*`): transformers reads it in every version, vLLM and LMDeploy read nothing else of a
+CLIP tower. What `save_pretrained` of transformers 5.23 writes for a model built in memory is a mixture that
+several back ends refuse.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlavaProcessor
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from llava_train.data.template import portable
+from llava_train.errors import ExportError
+from llava_train.exporters.registry import TARGETS
+from llava_train.files import write_json
+from llava_train.model.assemble import Assembly
+from llava_train.model.connectors import Linear
+from llava_train.model.encoders import vision_shape
+from llava_train.model.llm import IMAGE_TOKEN
+
+_NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+"""Towers whose weights stand below `vision_model.` in the long-lived dialect."""
+
+
+@TARGETS.register("hf")
+def write_hf(assembly: Assembly, folder: Path) -> None:
+    """Write weights, configurations, processor and chat template of a merged model into `folder`.
+
+    Raises ExportError for a connector or head that the stock class has no place for.
+    """
+    model = assembly.model
+    model.model.multi_modal_projector = stock_projector(assembly)
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise ExportError(
+            f"a {model.config.text_config.model_type} head has a bias, for which LlavaForConditionalGeneration has "
+            "no place; target 'hf' cannot carry this language model"
+        )
+    model.save_pretrained(folder)
+    rename_keys(folder, model.config.vision_config.model_type)
+    _complete_config(folder)
+    _write_processor(assembly, folder)
+
+
+def stock_projector(assembly: Assembly) -> LlavaMultiModalProjector:
+    """The connector as the stock two-layer module; a linear one gets an identity as its second layer."""
+    connector = assembly.model.model.multi_modal_projector
+    if isinstance(connector, LlavaMultiModalProjector):
+        return connector
+    if not isinstance(connector, Linear):
+        raise ExportError(
+            f"connector {assembly.spec.connector!r} has no place in LlavaForConditionalGeneration; target 'hf' "
+            "carries 'linear' and 'mlp2x_gelu'"
+        )
+    projector = LlavaMultiModalProjector(assembly.model.config).to(connector.linear.weight)
+    projector.linear_1.load_state_dict(connector.linear.state_dict())
+    with torch.no_grad():
+        projector.linear_2.weight.copy_(torch.eye(len(projector.linear_2.weight)))
+        projector.linear_2.bias.zero_()
+    return projector
+
+
+def long_lived_key(key: str, tower: str) -> str:
+    """The dialect's name of a weight that `save_pretrained` wrote.
+
+    >>> long_lived_key("vision_tower.encoder.layers.0.mlp.fc1.weight", "clip_vision_model")
+    'vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight'
+    """
+    prefix, nested = "vision_tower.", "vision_tower.vision_model."
+    if tower in _NESTED_TOWERS and key.startswith(prefix) and not key.startswith(nested):
+        return nested + key.removeprefix(prefix)
+    return key
+
+
+def rename_keys(folder: Path, tower: str) -> None:
+    """Rename the weights in the shards (and their index) of a saved folder, a shard at a time."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = {long_lived_key(key, tower): tensor for key, tensor in load_file(str(shard)).items()}
+        save_file(tensors, str(shard), metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values["weight_map"] = {long_lived_key(key, tower): file for key, file in values["weight_map"].items()}
+        write_json(index, values)
+
+
+def _complete_config(folder: Path) -> None:
+    """Say `rope_theta` in the old place too: readers before transformers 5 know no other and assume 10,000."""
+    path = folder / "config.json"
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rope = values["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        values["text_config"]["rope_theta"] = rope["rope_theta"]
+    write_json(path, values)
+
+
+def _write_processor(assembly: Assembly, folder: Path) -> None:
+    """Processor files for new readers (`processor_config.json`) and old ones (`preprocessor_config.json`)."""
+    config = assembly.model.config
+    template = portable(assembly.template)
+    shape = vision_shape(config.vision_config, assembly.spec.image_size)
+    processor = LlavaProcessor(
+        image_processor=assembly.image_processor,
+        tokenizer=assembly.tokenizer,
+        patch_size=shape.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=shape.leading,
+        chat_template=template,
+    )
+    assembly.tokenizer.chat_template = template
+    processor.save_pretrained(folder)
+    assembly.image_processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_json(folder / "chat_template.json", {"chat_template": template})

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_train import load_recipe
+from llava_train.errors import RecipeError
+from llava_train.model.tuning import (
+    apply_tuning,
+    cast_frozen,
+    is_adapter,
+    merge_lora,
+    parameter_groups,
+    part_of,
+    tuning_table,
+)
+from llava_train.training.run import build
+from tests import tiny
+
+
+def tuned(folder: Path, *overrides: str):
+    recipe = load_recipe(tiny.make_recipe(folder), list(overrides))
+    model = build(recipe).model
+    return recipe, model, apply_tuning(model, recipe.tune, recipe.seed)
+
+
+def test_lora_sits_on_every_linear_layer_of_the_llm_and_nowhere_else(workplace: Path) -> None:
+    _, model, spec = tuned(workplace)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if is_adapter(name)}
+    assert len(adapted) == 2 * 7
+    assert {part_of(name) for name in adapted} == {"llm"}
+    assert not any("lm_head" in name for name in adapted)
+    assert set(spec.targets) == adapted
+    assert (spec.r, spec.alpha) == (4, 8)
+
+
+@pytest.mark.parametrize("vision", ["frozen", "full", "lora"])
+@pytest.mark.parametrize("connector", ["frozen", "full"])
+@pytest.mark.parametrize("llm", ["frozen", "full", "lora"])
+def test_each_part_trains_as_it_is_told(workplace: Path, vision: str, connector: str, llm: str) -> None:
+    overrides = [f"tune.vision.mode={vision}", f"tune.connector.mode={connector}", f"tune.llm.mode={llm}"]
+    if {vision, connector, llm} == {"frozen"}:
+        with pytest.raises(RecipeError):
+            tuned(workplace, *overrides)
+        return
+    _, model, _ = tuned(workplace, *overrides)
+    trained = {part: [] for part in ("vision", "connector", "llm")}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[part_of(name)].append(name)
+    for part, mode in (("vision", vision), ("connector", connector), ("llm", llm)):
+        assert bool(trained[part]) == (mode != "frozen")
+        assert all(is_adapter(name) for name in trained[part]) or mode == "full"
+    if llm == "full":
+        assert "lm_head.weight" in trained["llm"]
+
+
+def test_nothing_above_the_feature_layer_waits_for_a_gradient(workplace: Path) -> None:
+    _, model, _ = tuned(workplace, "tune.vision.mode=full")
+    names = [name for name, p in model.named_parameters() if p.requires_grad and part_of(name) == "vision"]
+    assert any(".layers.1." in name for name in names)
+    assert not any(".layers.2." in name or "post_layernorm" in name for name in names)
+
+
+def test_groups_have_their_rates_and_no_decay_on_vectors(workplace: Path) -> None:
+    recipe, model, _ = tuned(
+        workplace, "tune.connector.learning_rate=3e-5", "optimization.weight_decay=0.1", "tune.vision.mode=full"
+    )
+    groups = parameter_groups(model, recipe.tune, recipe.optimization)
+    assert {(g.part, g.learning_rate) for g in groups} == {("vision", 0.01), ("connector", 3e-5), ("llm", 0.01)}
+    for group in groups:
+        assert all((p.ndim >= 2) == (group.weight_decay > 0) for p in group.parameters)
+    counted = sum(len(group.names) for group in groups)
+    assert counted == sum(p.requires_grad for p in model.parameters())
+    table = tuning_table(model, recipe.tune, groups)
+    assert "connector  full" in table
+    assert "3e-05" in table
+
+
+def test_frozen_weights_take_the_runs_precision(workplace: Path) -> None:
+    _, model, _ = tuned(workplace)
+    cast_frozen(model, "bf16")
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if parameter.requires_grad or part_of(name) == "connector" else torch.bfloat16
+        assert parameter.dtype == wanted
+
+
+def test_merging_changes_no_logit(workplace: Path) -> None:
+    _, model, _ = tuned(workplace, "tune.vision.mode=lora")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    ids = torch.tensor([[1, 5, *[model.config.image_token_id] * 4, 9, 10]])
+    pixels = torch.rand(1, 3, 28, 28)
+    model.eval()
+    with torch.no_grad():
+        before = model(input_ids=ids, pixel_values=pixels).logits
+        merge_lora(model)
+        after = model(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+    assert not any("lora" in name or "base_layer" in name for name, _ in model.named_modules())
