@@ -154,8 +154,8 @@ def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     parser = commands.add_parser(
         "export",
         help="write a checkpoint that chat back ends load, and prove it",
-        description="Merges adapters, writes the folder, loads it with stock transformers in a fresh process and compares\n"
-        "logits and prompt. The proof lies beside the weights in export_report.json.",
+        description="Merges adapters, writes the folder, loads it with stock transformers in a fresh process\n"
+        "and compares logits and prompt. The proof lies beside the weights in export_report.json.",
     )
     parser.add_argument("model", help=_MODEL_HELP)
     parser.add_argument("out", help="folder to make")

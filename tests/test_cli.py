@@ -73,9 +73,8 @@ def wrong(workplace: Path, name: str) -> list[str]:
     (workplace / "empty.json").write_text("")
     (workplace / "turns.json").write_text('[{"id": "a", "conversations": []}]')
     (workplace / "typo.yaml").write_text("sed: 1\n")
-    (workplace / "image.json").write_text(
-        '[{"id": "a", "image": "not.png", "conversations": [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]}]'
-    )
+    turns = [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]
+    (workplace / "image.json").write_text(json.dumps([{"id": "a", "image": "not.png", "conversations": turns}]))
     data = "data.train=[{path: '%s'}]"
     return {
         "no recipe": ["train", "nowhere.yaml"],

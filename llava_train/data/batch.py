@@ -5,8 +5,8 @@ Shapes: B samples, T tokens (the longest of the batch), I images, 3 x H x W pixe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        moved = [
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.attention_mask, self.labels, self.weights)
-        ]
-        return Batch(*moved, pixels, self.ids)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by DataLoader)."""
-        pixels = None if self.pixel_values is None else self.pixel_values.pin_memory()
-        pinned = [t.pin_memory() for t in (self.input_ids, self.attention_mask, self.labels, self.weights)]
-        return Batch(*pinned, pixels, self.ids)
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
 
 class ImageReader:
@@ -102,6 +99,7 @@ class BatchReader:
         self.prepared, self.reader, self.pad_id = prepared, reader, pad_id
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
+        """Tensors of one micro-batch."""
         rows = [self.prepared.table[sample] for sample in micro_batch.samples]
         pixels = [
             self.reader.read(self.prepared.image_root(row["source"]), path) for row in rows for path in row["images"]

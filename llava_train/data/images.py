@@ -39,9 +39,8 @@ def open_image(root: Path, relative: str, exif_orientation: bool = False) -> Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(path, image)
-                if exif_orientation:
-                    image = ImageOps.exif_transpose(image)
-                return image.convert("RGB")
+                turned = ImageOps.exif_transpose(image) if exif_orientation else image
+                return turned.convert("RGB")
     except DataError:
         raise
     except Exception as error:  # Pillow's parsers raise many types (ValueError, SyntaxError, struct.error, ...)

@@ -17,12 +17,14 @@ body {{ font-family: system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
 table {{ border-collapse: collapse }} th {{ text-align: left; padding-right: 2rem; font-weight: 500 }}
 td {{ font-variant-numeric: tabular-nums }} img.loss {{ max-width: 100% }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem }}
-.card {{ border: 1px solid #ddd; border-radius: 6px; padding: .8rem }} .card img {{ width: 128px; image-rendering: pixelated }}
+.card {{ border: 1px solid #ddd; border-radius: 6px; padding: .8rem }}
+.card img {{ width: 128px; image-rendering: pixelated }}
 .right {{ color: #15803d }} .wrong {{ color: #b91c1c }}
 </style>
 <h1>llava_train demo</h1>
 <p>{accuracy:.2%} of {questions:,} questions about pictures never seen in training, answered exactly.
-With the pictures shuffled among the questions: {shuffled:.2%}. The best constant answer to each question text: {constant:.2%}.</p>
+With the pictures shuffled among the questions: {shuffled:.2%}.
+The best constant answer to each question text: {constant:.2%}.</p>
 <h2>Loss</h2>{curves}
 <h2>Ten test pictures</h2><div class="cards">{cards}</div>
 <h2>All figures</h2><table>{rows}</table>
@@ -53,7 +55,8 @@ def _card(row: dict[str, Any]) -> str:
     return (
         f'<div class="card"><img src="{_embedded(Path(row["image"]))}" alt="test picture">'
         f"<p>{html.escape(row['question'])}</p>"
-        f'<p class="{verdict}">answer: <b>{html.escape(row["answer"])}</b></p><p>truth: {html.escape(row["truth"])}</p></div>'
+        f'<p class="{verdict}">answer: <b>{html.escape(row["answer"])}</b></p>'
+        f"<p>truth: {html.escape(row['truth'])}</p></div>"
     )
 
 

@@ -132,7 +132,8 @@ def _figures(
 def _summary(folder: Path, report: dict[str, Any]) -> str:
     return (
         f"\n{report['test_accuracy']:.2%} of {report['test_questions']:,} unseen test questions answered exactly "
-        f"({report['shuffled_accuracy']:.2%} with shuffled pictures; words alone give {report['constant_accuracy']:.2%})\n"
+        f"({report['shuffled_accuracy']:.2%} with shuffled pictures; "
+        f"words alone give {report['constant_accuracy']:.2%})\n"
         f"{report['seconds']['total']:.0f} s, {report['peak_memory_mb']:.0f} MB; "
         f"the export loads in stock transformers: {report['export']}\n"
         f"report: {folder / 'report.html'}"

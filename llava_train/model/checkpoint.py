@@ -172,14 +172,11 @@ def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
 def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:
     if source.kind == "llava":
         stock = load_stock(Path(source.path), torch.float32, attn_implementation)
-        llm = _Decoder(stock.model)
-        old = stock.old_vocabulary
-    else:
-        llm = load_llm(source.path, attn_implementation, source.revision)
-        old = int(llm.get_input_embeddings().weight.shape[0])
-    _same(source, fingerprint(llm, old) if source.kind != "llava" else None)
-    if source.kind != "llava":
-        grow_vocabulary(llm, tokens, seed=0)
+        return _Decoder(stock.model), stock.old_vocabulary
+    llm = load_llm(source.path, attn_implementation, source.revision)
+    old = int(llm.get_input_embeddings().weight.shape[0])
+    _same(source, fingerprint(llm, old))
+    grow_vocabulary(llm, tokens, seed=0)
     return llm, old
 
 
@@ -209,8 +206,8 @@ class _Decoder:
         return self._model.lm_head
 
 
-def _same(source: PartSource, found: str | None) -> None:
-    if source.fingerprint and found and source.fingerprint != found:
+def _same(source: PartSource, found: str) -> None:
+    if source.fingerprint and source.fingerprint != found:
         raise CheckpointError(
             f"{source.path}: these are not the weights this model was trained on "
             f"(fingerprint {found}, expected {source.fingerprint})"

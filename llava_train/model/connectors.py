@@ -120,7 +120,7 @@ class QFormer(Connector):
     keeps its Q-Former so), the model's own precision at inference.
     """
 
-    defaults = {
+    defaults: dict[str, Any] = {
         "num_queries": 32,
         "num_hidden_layers": 6,
         "hidden_size": 768,

@@ -63,7 +63,7 @@ def test_answers_end_with_a_supervised_stop(tokenizer, name: str) -> None:
 def test_a_template_must_say_what_is_supervised(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ messages }}")
-    with pytest.raises(DataError, match="no {% generation %} marks"):
+    with pytest.raises(DataError, match=r"no \{% generation %\} marks"):
         load_template(str(path))
     with pytest.raises(DataError, match="did you mean 'vicuna_v1'"):
         load_template("vicuna_v2")

@@ -133,7 +133,7 @@ def test_the_check_finds_a_wrong_weight_a_missing_key_and_a_wrong_prompt(finishe
     with pytest.raises(ExportError, match="image: logits differ"):
         verify(assembly, out)
     save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="missing keys: .*linear_2.weight"):
+    with pytest.raises(ExportError, match=r"missing keys: .*linear_2\.weight"):
         verify(assembly, out)
     save_file(tensors, path, metadata={"format": "pt"})
     template = out / "chat_template.jinja"
@@ -147,7 +147,10 @@ def test_stock_transformers_needs_nothing_of_ours(finished: Path, tmp_path: Path
     model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    code = f"import sys; from transformers import AutoProcessor as A; A.from_pretrained({str(out)!r}); assert 'llava_train' not in sys.modules"
+    code = (
+        "import sys; from transformers import AutoProcessor; "
+        f"AutoProcessor.from_pretrained({str(out)!r}); assert 'llava_train' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, check=False).returncode == 0
     assert model.config.image_seq_length == 4
 

@@ -20,7 +20,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(folder / "metrics.jsonl")]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """A run that dies."""
 
 
@@ -33,7 +33,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     def report(self, row):
         original(self, row)
         if row["step"] == step:
-            raise Stop
+            raise StoppedError
 
     monkeypatch.setattr(Monitor, "step", report)
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_is_the_same_run(
     recipe = load_recipe(tiny.make_recipe(workplace), [f"data.num_workers={workers}"])
     with monkeypatch.context() as patch:
         stop_after(patch, died_after)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             train(recipe)
     resumed = train(recipe)
     assert rows_of(resumed) == rows_of(finished)
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     recipe = load_recipe(tiny.make_recipe(workplace))
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             train(recipe)
     path = workplace / "run" / "checkpoints" / "step-6" / "weights.safetensors"
     data = bytearray(path.read_bytes())
@@ -100,7 +100,7 @@ def test_another_run_does_not_resume(workplace: Path, monkeypatch: pytest.Monkey
     path = tiny.make_recipe(workplace)
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             train(load_recipe(path))
     with pytest.raises(CheckpointError, match=r"optimization\.learning_rate: was 0\.01, is 0\.02"):
         train(load_recipe(path, ["optimization.learning_rate=0.02"]))
