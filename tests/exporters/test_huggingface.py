@@ -136,8 +136,8 @@ def test_the_check_finds_a_wrong_weight_a_missing_key_and_a_wrong_prompt(finishe
     with pytest.raises(ExportError, match=r"missing keys: .*linear_2\.weight"):
         verify(assembly, out)
     save_file(tensors, path, metadata={"format": "pt"})
-    template = out / "chat_template.jinja"
-    template.write_text(template.read_text().replace("USER: ", "user: "))
+    for template in (out / "chat_template.jinja", out / "chat_template.json"):
+        template.write_text(template.read_text().replace("USER: ", "user: "))
     with pytest.raises(ExportError, match="the prompt renders as"):
         verify(assembly, out)
 
