@@ -31,9 +31,9 @@ class Chat:
 
     def show(self, path: str | Path) -> None:
         """Add a picture to the next question. Raises DataError if it cannot be read."""
-        file = Path(path).expanduser()
+        file = Path(path).expanduser().resolve()
         self._pixels.append(read_pixels(self.assembly, open_image(file.parent, file.name)))
-        self.images.append(str(file))
+        self.images.append(str(path))
         self._waiting += 1
 
     def ask(self, text: str) -> Iterator[str]:

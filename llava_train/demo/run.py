@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from llava_train.demo import easy_vqa
 from llava_train.demo.report import write_report
 from llava_train.errors import DataError
@@ -32,6 +34,7 @@ def run_demo(out: str | Path = "runs/demo", quick: bool = False) -> dict[str, An
 
     `quick` trains a tenth of the steps and asks 512 test questions: a check of the road, not of its figures.
     """
+    disable_progress_bar()  # transformers', one for every tiny file; ours stay
     folder = Path(out)
     ensure_space(folder, _DISK, "the demo")
     folder.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,11 @@ class Engine:
             with self.accelerator.no_sync(self.module):
                 yield
 
+    @property
+    def skips_overflow(self) -> bool:
+        """Whether an update whose gradients overflowed is skipped and tried again at a smaller scale (fp16)."""
+        return self.accelerator.scaler is not None
+
     def last_grad_norm(self) -> float | None:
         """The gradient norm where only the update itself computes it; None where `clip` gave it."""
         return None

@@ -24,10 +24,11 @@ from llava_train.training.state import RunState, seed_step
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls but does not know: saving a checkpoint, keeping the best model."""
+    """What the loop calls but does not know: saving a checkpoint, keeping the best model, being asked to stop."""
 
     save: Callable[[RunState], None]
     keep_best: Callable[[RunState], None]
+    stop_asked: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,18 @@ def run_loop(
 ) -> None:
     """Train from `state.step` to the end of the plan.
 
-    Raises TrainingError before the update of a step whose loss or gradient is not finite, naming its samples.
+    Raises TrainingError before the update of a step whose loss or gradient is not finite, naming its samples, and
+    KeyboardInterrupt after a checkpoint when a rank was asked to stop.
     """
     total = course.plan.total_steps
     for micro_batches in course.steps:
         started = time.perf_counter()
         seed_step(recipe.seed, state.step, engine.rank)
         factor = rate_factor(state.step, total, recipe.optimization)
-        loss, counts = _forward_backward(engine, micro_batches, state.step)
+        loss, stop, counts = _forward_backward(engine, micro_batches, state.step, hooks.stop_asked())
         norm = engine.clip(recipe.optimization.max_grad_norm)
-        _require_finite("gradient norm", norm, state.step, micro_batches)
+        if not engine.skips_overflow:
+            _require_finite("gradient norm", norm, state.step, micro_batches)
         engine.update([group.learning_rate * factor for group in groups])
         known_late = engine.last_grad_norm()
         state.step += 1
@@ -70,16 +73,20 @@ def run_loop(
         )
         if course.validation and _due(state.step, recipe.monitor.eval_every, total):
             _evaluate(engine, course.validation(), state, monitor, hooks)
-        if recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total):
+        if stop or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
             hooks.save(state)
+        if stop:
+            raise KeyboardInterrupt
 
 
 def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _forward_backward(engine: Engine, micro_batches: list[Batch], step: int) -> tuple[float, dict[str, int]]:
-    """The step's loss over all ranks with its gradients in place, and how much it was made of."""
+def _forward_backward(
+    engine: Engine, micro_batches: list[Batch], step: int, stop: bool
+) -> tuple[float, bool, dict[str, int]]:
+    """The step's loss over all ranks with its gradients in place, whether any rank is to stop, and the counts."""
     shares: list[torch.Tensor] = []
     for index, batch in enumerate(micro_batches):
         with engine.accumulate(last=index == len(micro_batches) - 1):
@@ -87,9 +94,9 @@ def _forward_backward(engine: Engine, micro_batches: list[Batch], step: int) -> 
             engine.backward(share)
         shares.append(share.detach().double())
     samples, tokens, supervised = _count(micro_batches)
-    loss, *counts = engine.total([float(sum(shares)), samples, tokens, supervised])
+    loss, stops, *counts = engine.total([float(sum(shares)), float(stop), samples, tokens, supervised])
     _require_finite("loss", loss, step, micro_batches)
-    return loss, dict(zip(("samples", "tokens", "supervised_tokens"), map(int, counts)))
+    return loss, stops > 0, dict(zip(("samples", "tokens", "supervised_tokens"), map(int, counts)))
 
 
 def _count(micro_batches: list[Batch]) -> tuple[int, int, int]:

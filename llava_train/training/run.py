@@ -30,6 +30,7 @@ from llava_train.training.engine import make_engine
 from llava_train.training.loop import Course, Hooks, run_loop
 from llava_train.training.monitor import Monitor, say, write_run_report
 from llava_train.training.objective import Objective
+from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState, load_state, newest, retain, save_state, state_bytes
 
 
@@ -84,7 +85,8 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
             _write_model(assembly, folder / "best", now)
 
     try:
-        run_loop(recipe, engine, groups, course, state, monitor, Hooks(save, keep_best))
+        with deferred_stop() as stop_asked:
+            run_loop(recipe, engine, groups, course, state, monitor, Hooks(save, keep_best, stop_asked))
     finally:
         monitor.close()
     if engine.is_main:
