@@ -13,9 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_train import __version__
 from llava_train.errors import LlavaTrainError
+
+if TYPE_CHECKING:
+    from llava_train.model.assemble import Assembly
 
 _RECIPE_HELP = "a YAML file, e.g. configs/demo/stage1.yaml"
 _OVERRIDE_HELP = "change a key of the recipe, e.g. optimization.learning_rate=2e-4 output=runs/mine"
@@ -149,6 +153,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
     parser.add_argument("--batch-size", type=int, default=64, help="questions at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default: %(default)s)")
     parser.add_argument("--out", help="write every answer as JSONL to this file")
+    _placement_arguments(parser)
     parser.set_defaults(run=_evaluate)
     return parser
 
@@ -181,7 +186,7 @@ def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="ask this once and end")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    _placement_arguments(parser)
     parser.set_defaults(run=_chat)
     return parser
 
@@ -189,6 +194,30 @@ def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=_RECIPE_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDE_HELP)
+
+
+def _placement_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: bfloat16 on a GPU"
+    )
+
+
+def _load_placed(options: argparse.Namespace) -> Assembly:
+    """The model on the device and in the precision asked for."""
+    import torch
+
+    from llava_train.model.checkpoint import load_model
+
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LlavaTrainError("--device cuda: torch sees no GPU")
+    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    assembly = load_model(options.model, getattr(torch, dtype))
+    assembly.model.to(device)
+    return assembly
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -237,7 +266,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from llava_train.evaluation.run import evaluate
 
     result = evaluate(
-        options.model,
+        _load_placed(options),
         options.data,
         options.image_root,
         shuffle_images=options.shuffle_images,
@@ -258,16 +287,10 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    import torch
-
     from llava_train.chat.session import Chat
     from llava_train.chat.terminal import converse, one_shot
-    from llava_train.model.checkpoint import load_model
 
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    assembly = load_model(options.model, torch.float32 if device == "cpu" else torch.bfloat16)
-    assembly.model.to(device)
-    chat = Chat(assembly, options.max_new_tokens, options.temperature)
+    chat = Chat(_load_placed(options), options.max_new_tokens, options.temperature)
     for image in options.image:
         chat.show(image)
     if options.prompt is None:
