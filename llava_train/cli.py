@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's fault is one message, never a traceback (see --debug)."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    _quiet_libraries(options.debug)
+    _set_environment(options.debug)
     try:
         run: Callable[[argparse.Namespace], int | None] = options.run
         return run(options) or 0
@@ -53,8 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _quiet_libraries(debug: bool) -> None:
-    """Keep the libraries' notes off the screen unless asked for; their errors still come."""
+def _set_environment(debug: bool) -> None:
+    """Settings that libraries read when they are loaded, which is after this.
+
+    Waiting threads sleep: spinning ones slow a shared machine down many times over. The libraries' notes stay
+    off the screen unless asked for; their errors still come.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

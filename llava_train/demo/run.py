@@ -38,6 +38,7 @@ def run_demo(out: str | Path = "runs/demo", quick: bool = False) -> dict[str, An
     folder = Path(out)
     ensure_space(folder, _DISK, "the demo")
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_finished(folder)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     with _phase("data", "1/5  easy-vqa: 5,000 drawings, 48,248 questions (MIT)", seconds):
@@ -66,6 +67,14 @@ def _phase(name: str, title: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
+def _forget_finished(folder: Path) -> None:
+    """A demo that came to its end is made anew; an interrupted one goes on."""
+    if (folder / "report.json").exists():
+        for name in ("stage1", "stage2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "report.json").unlink()
+
+
 def write_data(folder: Path) -> dict[str, Path]:
     """The demo's records as LLaVA JSON, and the image folders of the installed easy-vqa package."""
     try:
@@ -83,10 +92,8 @@ def write_data(folder: Path) -> dict[str, Path]:
 
 
 def _train(stage: str, folder: Path, data: Path, images: Path, quick: bool) -> None:
-    """One stage. A finished run of an earlier call is replaced, an unfinished one continues."""
+    """One stage; what an interrupted call of the same demo left is continued, or kept if it was finished."""
     target = folder / stage
-    if (target / "final").exists():
-        shutil.rmtree(target)
     overrides = [
         f"output={target}",
         f"data.train=[{{path: '{data}', image_root: '{images}'}}]",
@@ -100,7 +107,13 @@ def _train(stage: str, folder: Path, data: Path, images: Path, quick: bool) -> N
     if quick:
         overrides.append(f"optimization.epochs={recipe.optimization.epochs / 10}")
         recipe = load_recipe(_HERE / f"{stage}.yaml", overrides)
-    train(recipe)
+    recorded = target / "recipe.yaml"
+    if recorded.exists() and recorded.read_text(encoding="utf-8") != recipe.to_yaml():
+        shutil.rmtree(target)
+    if (target / "final").exists():
+        say(f"{target}: finished by an earlier call, kept")
+    else:
+        train(recipe)
 
 
 def _evaluate(exported: Path, data: dict[str, Path], limit: int | None) -> tuple[Evaluation, Evaluation]:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_train import export
 from llava_train.demo import easy_vqa
 from llava_train.demo.run import BACKBONES, run_demo, write_data
 from llava_train.model.encoders import load_vision_tower
@@ -61,6 +62,8 @@ def test_the_whole_road_quickly(tmp_path: Path) -> None:
     assert page.count("data:image/png") == 11
     # The pictures must already matter after a tenth of the way.
     assert report["test_accuracy"] > report["shuffled_accuracy"] + 0.05
+    # Stage 1 speaks the `plain` template, which says nothing without a picture: its export must stand that.
+    export(tmp_path / "demo" / "stage1", tmp_path / "stage1-hf", dtype="float32")
     again = run_demo(tmp_path / "demo", quick=True)
     assert again["test_accuracy"] == report["test_accuracy"]
 
