@@ -71,7 +71,8 @@ def _forget_finished(folder: Path) -> None:
     """A demo that came to its end is made anew; an interrupted one goes on."""
     if (folder / "report.json").exists():
         for name in ("stage1", "stage2"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name / "recipe.yaml").exists():
+                shutil.rmtree(folder / name)
         (folder / "report.json").unlink()
 
 

@@ -1,0 +1,1 @@
+"""The parts of make_tiny_backbones.py: plan, language, vision."""
