@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "load_recipe": "llava_train.recipe",
     "Recipe": "llava_train.recipe",
-    "prepare": "llava_train.training.run",
+    "prepare": "llava_train.training.material",
     "inspect": "llava_train.inspection",
     "train": "llava_train.training.run",
     "evaluate": "llava_train.evaluation.run",

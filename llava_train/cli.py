@@ -233,7 +233,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from llava_train.recipe import load_recipe
-    from llava_train.training.run import prepare
+    from llava_train.training.material import prepare
 
     prepared = prepare(load_recipe(options.recipe, options.overrides))
     keys = ("samples", "tokens", "mean_length", "longest", "truncated_samples", "fingerprint")
@@ -244,7 +244,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from llava_train.inspection import coloured, inspect
     from llava_train.recipe import load_recipe
-    from llava_train.training.run import encoder_of
+    from llava_train.training.material import encoder_of
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.jsonl:

@@ -10,7 +10,7 @@ from llava_train.data.encode import IGNORE, Encoder, encode
 from llava_train.data.formats import read_samples
 from llava_train.errors import DataError
 from llava_train.recipe import Recipe
-from llava_train.training.run import encoder_of
+from llava_train.training.material import encoder_of
 
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 

@@ -7,6 +7,8 @@ torchvision happens to be installed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,24 +33,20 @@ def open_image(root: Path, relative: str, exif_orientation: bool = False) -> Ima
 
     Raises DataError naming the file: missing, outside `root`, no image, or above 50 megapixels.
     """
-    path = inside(root, relative)
-    if not path.is_file():
-        raise DataError(f"{path}: no such image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(path, image)
-                turned = ImageOps.exif_transpose(image) if exif_orientation else image
-                return turned.convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's parsers raise many types (ValueError, SyntaxError, struct.error, ...)
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+    with _opened(root, relative) as image:
+        turned = ImageOps.exif_transpose(image) if exif_orientation else image
+        return turned.convert("RGB")
 
 
 def check_image(root: Path, relative: str) -> None:
     """Read the header only; raises the same errors as `open_image` for what a header can show."""
+    with _opened(root, relative):
+        pass
+
+
+@contextmanager
+def _opened(root: Path, relative: str) -> Iterator[Image.Image]:
+    """The file with its header read; what fails here or in the body is a DataError naming it."""
     path = inside(root, relative)
     if not path.is_file():
         raise DataError(f"{path}: no such image")
@@ -57,9 +55,10 @@ def check_image(root: Path, relative: str) -> None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(path, image)
+                yield image
     except DataError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow's parsers raise many types (ValueError, SyntaxError, struct.error, ...)
         raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
-from llava_train.data.encode import Encoder
 from llava_train.data.images import build_image_processor
-from llava_train.data.plan import MicroBatch, Plan
-from llava_train.data.prepare import PreparedSet, Source, prepare_set
+from llava_train.data.plan import Plan
 from llava_train.data.template import load_template
-from llava_train.errors import CheckpointError, DataError, RecipeError
+from llava_train.errors import CheckpointError, RecipeError
 from llava_train.files import atomic_folder, ensure_space, sha256_json
 from llava_train.model.assemble import Assembly, assemble, with_spec
-from llava_train.model.checkpoint import load_model, merged, model_folder, own_tensors, save_model
-from llava_train.model.connectors import connector_tokens
+from llava_train.model.checkpoint import load_model, merged, own_tensors, save_model
 from llava_train.model.encoders import load_vision_config, vision_shape
-from llava_train.model.llm import add_image_token, load_tokenizer
-from llava_train.model.spec import MANIFEST, read_spec
+from llava_train.model.llm import load_tokenizer
+from llava_train.model.spec import MANIFEST
 from llava_train.model.tuning import apply_tuning, cast_frozen, parameter_groups, tuning_table
-from llava_train.recipe import Recipe, SourceSettings
+from llava_train.recipe import Recipe
 from llava_train.training.engine import make_engine
-from llava_train.training.loop import Course, Hooks, run_loop
+from llava_train.training.loop import Hooks, run_loop
+from llava_train.training.material import Prepared, course_of, plan_of, prepare_in_turn
 from llava_train.training.monitor import Monitor, say, write_run_report
 from llava_train.training.objective import Objective
 from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState, load_state, newest, retain, save_state, state_bytes
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a recipe reads: the training set and, where it holds some out, the validation set."""
-
-    train: PreparedSet
-    validation: PreparedSet | None
-    train_rows: tuple[int, ...]
-    validation_rows: tuple[int, ...]
 
 
 def train(recipe: Recipe, fresh: bool = False) -> Path:
@@ -54,10 +40,9 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     engine = make_engine(recipe)
     _open_folder(folder, recipe, fresh, engine.is_main)
     engine.barrier()
-    assembly = build(recipe)
-    prepared = _prepare_in_turn(recipe, assembly, engine)
-    assembly, groups = _tune(recipe, assembly)
-    plan = _plan(recipe, prepared)
+    prepared = prepare_in_turn(recipe, engine)
+    assembly, groups = _tune(recipe, build(recipe))
+    plan = plan_of(recipe, prepared)
     if engine.is_main:
         _announce(recipe, engine, assembly, groups, prepared, plan)
         _check_room(recipe, assembly, groups, folder)
@@ -72,7 +57,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     state = load_state(folder, engine, groups, identity)
     if state.step and engine.is_main:
         say(f"resuming after step {state.step}")
-    course = _course(recipe, assembly, prepared, plan, engine, state)
+    course = course_of(recipe, assembly, prepared, engine, state.step)
     monitor = Monitor(recipe, folder, plan.total_steps, state.step, engine.is_main)
 
     def save(now: RunState) -> None:
@@ -95,33 +80,6 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     engine.barrier()
     engine.finish()
     return folder
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Make (or find) the prepared sets of a recipe, without loading any weights."""
-    encoder, image_settings = encoder_of(recipe)
-    return _prepare(recipe, encoder, image_settings)
-
-
-def encoder_of(recipe: Recipe) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of a recipe and its image settings, from configurations and tokenizer alone."""
-    if recipe.init_from:
-        folder = model_folder(recipe.init_from)
-        if not (folder / MANIFEST).is_file():
-            assembly = build(recipe)
-            return _encoder(recipe, assembly), _image_settings(recipe, assembly.spec.image_size)
-        spec = read_spec(folder)
-        tokenizer = load_tokenizer(str(folder))
-        image_tokens, size = spec.image_tokens, spec.image_size
-    else:
-        model = recipe.model
-        shape = vision_shape(load_vision_config(model.vision, model.vision_revision), model.image_size)
-        tokenizer = load_tokenizer(model.llm, model.llm_revision, model.trust_remote_code)
-        add_image_token(tokenizer)
-        positions = shape.tokens(model.vision_feature_select_strategy)
-        image_tokens, size = connector_tokens(model.connector, positions, model.connector_options), shape.image_size
-    template = load_template(recipe.data.template, tokenizer.chat_template)
-    return Encoder(tokenizer, template, image_tokens, recipe.data.max_length), _image_settings(recipe, size)
 
 
 def build(recipe: Recipe) -> Assembly:
@@ -161,49 +119,6 @@ def _open_folder(folder: Path, recipe: Recipe, fresh: bool, is_main: bool) -> No
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _encoder(recipe: Recipe, assembly: Assembly) -> Encoder:
-    return Encoder(assembly.tokenizer, assembly.template, assembly.spec.image_tokens, recipe.data.max_length)
-
-
-def _image_settings(recipe: Recipe, size: int) -> dict[str, Any]:
-    return {"size": size, "exif_orientation": recipe.data.exif_orientation}
-
-
-def _prepare_in_turn(recipe: Recipe, assembly: Assembly, engine: Any) -> Prepared:
-    """Rank 0 prepares; the others then find the set in the cache."""
-    encoder, images = _encoder(recipe, assembly), _image_settings(recipe, assembly.spec.image_size)
-    if engine.is_main:
-        _prepare(recipe, encoder, images)
-    engine.barrier()
-    return _prepare(recipe, encoder, images)
-
-
-def _prepare(recipe: Recipe, encoder: Encoder, images: dict[str, Any]) -> Prepared:
-    if not recipe.data.train:
-        raise RecipeError("data.train: names no source of training data")
-    cache = Path(recipe.data.cache_dir)
-    train_set = prepare_set(_sources(recipe.data.train), encoder, images, cache, "train")
-    rows = tuple(range(len(train_set)))
-    if recipe.data.validation:
-        held_out = prepare_set(_sources(recipe.data.validation), encoder, images, cache, "validation")
-        return Prepared(train_set, held_out, rows, tuple(range(len(held_out))))
-    count = round(recipe.data.validation_fraction * len(rows))
-    if recipe.data.validation_fraction and not 0 < count < len(rows):
-        raise DataError(
-            f"data.validation_fraction: {recipe.data.validation_fraction} of {len(rows)} samples is {count}"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held, kept = tuple(sorted(order[:count])), tuple(sorted(order[count:]))
-    return Prepared(train_set, train_set if count else None, kept, held)
-
-
-def _sources(settings: list[SourceSettings]) -> list[Source]:
-    return [
-        Source(Path(s.path), Path(s.image_root) if s.image_root is not None else Path(s.path).parent, s.format)
-        for s in settings
-    ]
-
-
 def _tune(recipe: Recipe, assembly: Assembly) -> tuple[Assembly, list[Any]]:
     """Mark what trains; the parts that train in full become the model's own."""
     if recipe.optimization.gradient_checkpointing:
@@ -218,17 +133,6 @@ def _tune(recipe: Recipe, assembly: Assembly) -> tuple[Assembly, list[Any]]:
         llm=replace(spec.llm, included=spec.llm.included or recipe.tune.llm.mode == "full"),
     )
     return replace(assembly, spec=spec), parameter_groups(assembly.model, recipe.tune, recipe.optimization)
-
-
-def _plan(recipe: Recipe, prepared: Prepared) -> Plan:
-    optimization = recipe.optimization
-    return Plan.of(
-        len(prepared.train_rows),
-        optimization.global_batch_size,
-        optimization.epochs,
-        optimization.max_steps,
-        recipe.seed,
-    )
 
 
 def _announce(recipe: Recipe, engine: Any, assembly: Assembly, groups: list[Any], data: Prepared, plan: Plan) -> None:
@@ -271,27 +175,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _course(recipe: Recipe, assembly: Assembly, prepared: Prepared, plan: Plan, engine: Any, state: RunState) -> Course:
-    pad_id = int(assembly.tokenizer.pad_token_id)
-    images = ImageReader(assembly.image_processor, recipe.data.exif_orientation)
-    micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
-    reader = BatchReader(prepared.train, images, pad_id)
-    dataset = StepDataset(reader, plan, prepared.train_rows, (engine.rank, engine.world_size), micro)
-    steps = load_steps(dataset, state.step, recipe.data.num_workers)
-    if prepared.validation is None:
-        return Course(plan, steps, None)
-    held_out = BatchReader(prepared.validation, images, pad_id)
-    mine = prepared.validation_rows[engine.rank :: engine.world_size]
-
-    def validation() -> Iterator[Batch]:
-        size = recipe.optimization.micro_batch_size
-        for start in range(0, len(mine), size):
-            rows = mine[start : start + size]
-            yield held_out(MicroBatch(rows, (0.0,) * len(rows)))
-
-    return Course(plan, steps, validation)
 
 
 def _write_model(assembly: Assembly, folder: Path, state: RunState) -> None:

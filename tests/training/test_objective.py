@@ -7,8 +7,9 @@ import torch
 from llava_train import load_recipe
 from llava_train.data.batch import BatchReader, ImageReader
 from llava_train.data.plan import deal
+from llava_train.training.material import prepare
 from llava_train.training.objective import Objective
-from llava_train.training.run import build, prepare
+from llava_train.training.run import build
 from scripts import compare_reference
 from tests import tiny
 from tests.conftest import GOLDEN
