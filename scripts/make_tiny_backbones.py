@@ -29,7 +29,7 @@ CARD = """\
 # Tiny backbones
 
 Two tiny models for the demo and for tests of `llava-train`, each trained from scratch on the **train split alone** of
-[easy-vqa](https://pypi.org/project/easy-vqa/) 1.0 (MIT): pictures of one coloured shape, and questions about them.
+the package `easy-vqa` 1.0 (MIT): pictures of one coloured shape, and questions about them.
 
 - `vision/`: a `CLIPVisionModel` with its image processor, trained by the contrastive objective against a small text
   encoder (not kept) on pictures and captions derived from the training questions

@@ -26,7 +26,7 @@ from llava_train.model.connectors import Linear
 from llava_train.model.encoders import vision_shape
 from llava_train.model.llm import IMAGE_TOKEN
 
-_NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+_NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights stand below `vision_model.` in the long-lived dialect."""
 
 

@@ -16,12 +16,15 @@ from llava_train.errors import CheckpointError
 _LEADING_TOKENS = {
     "clip_vision_model": 1,
     "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
     "dinov2": 1,
     "dinov2_with_registers": 1,
     "vit": 1,
 }
-"""Tower's model_type -> positions before the patches (CLS)."""
+"""Tower's model_type -> positions before the patches (CLS).
+
+SigLIP2 of fixed resolution is a `siglip_vision_model`; its NaFlex form takes flattened patches, which LLaVA's class
+does not give.
+"""
 
 
 @dataclass(frozen=True)
