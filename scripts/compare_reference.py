@@ -49,7 +49,7 @@ def build(folder: Path, expected: dict[str, Any]) -> Objective:
     image_id = max(set(range(llm.config.vocab_size)) - used)
     positions = vision_shape(tower.config).tokens("default")
     config = llava_config(settings, tower, llm, image_id, 0, positions)
-    connector = build_connector("mlp2x_gelu", widths(config, positions), config, {})
+    connector = build_connector("mlp2x_gelu", widths(config), config, {})
     names = {"0": "linear_1", "2": "linear_2"}
     weights = {_renamed(key, names): value for key, value in load_file(folder / "mm_projector.safetensors").items()}
     connector.load_state_dict(weights, strict=True)

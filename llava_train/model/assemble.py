@@ -57,7 +57,7 @@ def assemble(settings: ModelSettings, template: str, template_name: str, image_p
     config = llava_config(settings, tower, llm, image_token_id, int(tokenizer.pad_token_id), positions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        connector = build_connector(settings.connector, widths(config, positions), config, settings.connector_options)
+        connector = build_connector(settings.connector, widths(config), config, settings.connector_options)
     model = join(config, tower, llm, connector)
     spec = ModelSpec(
         vision=PartSource(settings.vision, settings.vision_revision, fingerprint=fingerprint(tower)),
@@ -115,11 +115,11 @@ def llava_config(
     )
 
 
-def widths(config: LlavaConfig, positions: int) -> Widths:
+def widths(config: LlavaConfig) -> Widths:
     """Widths of the connector of a configuration."""
     layers = config.vision_feature_layer
     count = len(layers) if isinstance(layers, list) else 1
-    return Widths(config.vision_config.hidden_size * count, config.text_config.hidden_size, positions)
+    return Widths(config.vision_config.hidden_size * count, config.text_config.hidden_size)
 
 
 def join(

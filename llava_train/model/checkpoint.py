@@ -151,9 +151,7 @@ def _rebuild(folder: Path, spec: ModelSpec, attn_implementation: str) -> Assembl
         if spec.vision.included
         else _source_tower(spec.vision)
     )
-    shape = vision_shape(config.vision_config, spec.image_size)
-    positions = shape.tokens(config.vision_feature_select_strategy)
-    connector = build_connector(spec.connector, widths(config, positions), config, spec.connector_options)
+    connector = build_connector(spec.connector, widths(config), config, spec.connector_options)
     config.text_config, config.vision_config = llm.config, tower.config
     model = join(config, tower, llm, connector)
     if spec.lora:

@@ -22,11 +22,10 @@ from llava_train.registry import Registry
 
 @dataclass(frozen=True)
 class Widths:
-    """Input and output width of a connector, and the positions it reads an image."""
+    """Input and output width of a connector."""
 
     vision: int
     llm: int
-    positions: int
 
 
 class Connector(nn.Module):
