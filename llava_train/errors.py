@@ -21,6 +21,22 @@ class DataError(LlavaTrainError):
     """A record, an image or a template cannot be used; the message names file, place and cause."""
 
 
+class RecordError(DataError):
+    """One record, or one of its pictures, cannot be used.
+
+    Attributes:
+        cause: the slug it is counted under ("image_missing", "control_token", ...).
+        hostile: no policy may skip it (a path that leaves its root, a device instead of a file).
+    """
+
+    def __init__(self, message: str, cause: str, hostile: bool = False) -> None:
+        super().__init__(message, cause, hostile)  # all three, so that it survives a pickle between processes
+        self.message, self.cause, self.hostile = message, cause, hostile
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class CheckpointError(LlavaTrainError):
     """A folder is no model, or its weights do not fit."""
 

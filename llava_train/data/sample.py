@@ -10,16 +10,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_train.errors import DataError
+from llava_train.errors import RecordError
 
 Role = Literal["system", "user", "assistant"]
+Kind = Literal["file", "span", "cell", "frame", "blob", "bytes", "url"]
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture by its path relative to the source's image root."""
+    """Where the bytes of a picture are. Every format and container ends in one of these kinds.
+
+    file   `path` below the image root
+    span   `size` bytes from byte `at` of the container `path` (a tar shard, local or remote)
+    cell   row `at` of `column` in the Arrow or Parquet file `path`; element `size` of it where it holds a list
+    frame  frame `at` of `size` frames taken evenly from the video `path` below the image root
+    blob   `size` bytes from byte `at` of the file `path` beside the prepared set
+    bytes  `data` itself, as a record brought it (a data URL); becomes a blob when it is prepared
+    url    `path` on the web; fetched when it is prepared, where the recipe allows it, and becomes a blob
+
+    Only `file`, `frame` and `url` take their path from a record; the others from the source itself.
+    """
 
     path: str
+    kind: Kind = "file"
+    at: int = 0
+    size: int = 0
+    column: str = ""
+    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -37,28 +54,40 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `place` says where it came from ("train.json[17]") and opens every error about it."""
+    """One conversation. `place` says where it came from ("train.json[17]") and opens every error about it.
+
+    A preference pair has the chosen answer as its last turn and the other one in `rejected`.
+    """
 
     id: str
     turns: tuple[Turn, ...]
     place: str = ""
+    rejected: str | None = None
 
     def __post_init__(self) -> None:
         """Check the roles: an optional system turn, then user and assistant in turn, ending with an answer."""
         turns = self.turns[1:] if self.turns and self.turns[0].role == "system" else self.turns
         if not turns:
-            raise DataError(f"{self.where}: has no turns")
+            raise self.fault("has no turns", "no_turns")
         for index, turn in enumerate(turns):
             expected = ("user", "assistant")[index % 2]
             if turn.role != expected:
-                raise DataError(f"{self.where}: turn {index} is of the {turn.role}, expected the {expected}")
+                raise self.fault(f"turn {index} is of the {turn.role}, expected the {expected}", "role_order")
         if turns[-1].role != "assistant":
-            raise DataError(f"{self.where}: ends without an answer")
-        for turn in self.turns:
+            raise self.fault("ends without an answer", "role_order")
+        for index, turn in enumerate(self.turns):
             if turn.role != "user" and any(isinstance(part, ImageRef) for part in turn.parts):
-                raise DataError(f"{self.where}: an image stands in a turn of the {turn.role}")
+                raise self.fault(f"an image stands in a turn of the {turn.role}", "marker_place")
             if turn.role == "assistant" and not turn.text.strip():
-                raise DataError(f"{self.where}: an answer is empty")
+                raise self.fault("an answer is empty", "empty_turn")
+            if turn.role == "user" and not any(isinstance(p, ImageRef) or p.strip() for p in turn.parts):
+                raise self.fault(f"turn {index} of the user is empty", "empty_turn")
+        if self.rejected is not None and not self.rejected.strip():
+            raise self.fault("the rejected answer is empty", "empty_turn")
+
+    def fault(self, message: str, cause: str) -> RecordError:
+        """An error about this sample."""
+        return RecordError(f"{self.where}: {message}", cause)
 
     @property
     def where(self) -> str:
