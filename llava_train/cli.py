@@ -108,9 +108,11 @@ def _add_prepare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "prepare",
         help="check and tokenise a recipe's data before a GPU is touched",
         description="Reads, validates and tokenises everything a recipe trains on, without loading any weights.\n"
-        "`train` does it when it is missing; what was prepared once is found again. Prints one JSON.",
+        "`train` does it when it is missing; what was prepared once is found again. Shows what each source brings,\n"
+        "prints one JSON. Records that cannot be used are listed by cause; see docs/data.md.",
     )
     _recipe_arguments(parser)
+    parser.add_argument("--rebuild", action="store_true", help="read and check everything again, pictures too")
     parser.set_defaults(run=_prepare)
     return parser
 
@@ -120,11 +122,18 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "inspect",
         help="show what of each record is supervised",
         description="Shows the training records as the model sees them: supervised text green, the rest dim,\n"
-        "an image as one block. With --jsonl: one JSON a record (id, input_ids, labels, image_token_id, image_tokens).",
+        "pictures as one block. With --jsonl: one JSON a record (id, input_ids, labels, image_token_id, image_tokens).",
     )
     _recipe_arguments(parser)
-    parser.add_argument("--n", type=int, help="only the first N records (default: 5, with --jsonl all)")
-    parser.add_argument("--jsonl", action="store_true", help="machine-readable, labels unshifted, -100 unsupervised")
+    parser.add_argument("--n", type=int, help="only N records (default: 5, with --jsonl all)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--id", help="the records of this id")
+    which.add_argument("--longest", action="store_true", help="the longest records (prepares the set if it is missing)")
+    which.add_argument("--random", action="store_true", help="records by chance (prepares the set if it is missing)")
+    parser.add_argument("--source", help="only records of the source of this name (its path, unless it has a name)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--html", metavar="FILE", help="write a page with pictures, to open in a browser")
+    form.add_argument("--jsonl", action="store_true", help="machine-readable, labels unshifted, -100 unsupervised")
     parser.set_defaults(run=_inspect)
     return parser
 
@@ -232,28 +241,43 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from llava_train.data.composition import composition_table
     from llava_train.recipe import load_recipe
-    from llava_train.training.material import prepare
+    from llava_train.training.material import padding_of, prepare
 
-    prepared = prepare(load_recipe(options.recipe, options.overrides))
-    keys = ("samples", "tokens", "mean_length", "longest", "truncated_samples", "fingerprint")
-    result = {"folder": str(prepared.train.folder), **{key: prepared.train.info[key] for key in keys}}
-    print(json.dumps({**result, "train": len(prepared.train_rows), "held_out": len(prepared.validation_rows)}))
+    recipe = load_recipe(options.recipe, options.overrides)
+    prepared = prepare(recipe, rebuild=options.rebuild)
+    info = prepared.train.info
+    print(composition_table(info), file=sys.stderr)
+    hidden = ("dropped", "inputs", "image_token_id", "sources", "fingerprint")
+    result = {"folder": str(prepared.train.folder), "fingerprint": info["fingerprint"]}
+    result |= {key: value for key, value in info.items() if key not in hidden}
+    result["sources"] = [{k: v for k, v in source.items() if k != "pieces"} for source in info["sources"]]
+    result["epoch"], result["held_out"] = prepared.mixture.size, len(prepared.validation_rows)
+    print(json.dumps({**result, "padding": padding_of(recipe, prepared)}))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from llava_train.inspection import coloured, inspect
+    from llava_train.inspection import Choice, choose, coloured, inspect
+    from llava_train.inspection_page import write_page
     from llava_train.recipe import load_recipe
-    from llava_train.training.material import encoder_of
+    from llava_train.training.material import sources_of
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.jsonl:
-        for row in inspect(recipe, options.n):
-            print(json.dumps(row))
+        for record in inspect(recipe, options.n):
+            print(json.dumps(record))
         return
-    encoder, _ = encoder_of(recipe)
-    for row in inspect(recipe, 5 if options.n is None else options.n):
-        print(coloured(row, encoder), end="\n\n")
+    sources = sources_of(recipe)
+    count = 5 if options.n is None and options.id is None else options.n
+    rows = choose(recipe, sources, Choice(count, options.id, options.source, options.longest, options.random))
+    tokenizer, image_id = sources[0].encoder.tokenizer, sources[0].encoder.image_token_id
+    if options.html:
+        shown = write_page(Path(options.html), f"{options.recipe}: what is trained on", rows, tokenizer, image_id)
+        print(f"{options.html}: {shown} records", file=sys.stderr)
+        return
+    for row in rows:
+        print(coloured(row, tokenizer, image_id), end="\n\n")
 
 
 def _train(options: argparse.Namespace) -> None:

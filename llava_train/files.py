@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llava_train.errors import DataError, StorageError
+from llava_train.errors import DataError, RecordError, StorageError
 
 
 def sha256_file(path: Path) -> str:
@@ -102,12 +105,97 @@ def ensure_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def inside(root: Path, relative: str) -> Path:
-    """`root / relative`, resolved; DataError if that leaves `root` (absolute, `..`, a link outwards, NUL)."""
-    if "\0" in relative or "://" in relative or Path(relative).is_absolute():
-        raise DataError(f"{relative!r}: must be a path relative to the image root {root}")
-    base = root.resolve()
-    path = (base / relative).resolve()
-    if not path.is_relative_to(base):
-        raise DataError(f"{relative!r}: leads outside the image root {root}")
-    return path
+def inside(root: Path, relative: str, allow_links: bool = False) -> Path:
+    """The file `relative` names below `root`: absolute, and without links unless `allow_links`.
+
+    `root` itself may be a link. With `allow_links` the links below it may lead anywhere (hub caches are made
+    of them) and are not followed here; only the path as written must stay inside.
+
+    Raises RecordError "image_path" (hostile): absolute, a URL, NUL or what no file name can hold, `..` or a
+    link that leads outside. Whether the file exists is not asked: see `regular_file`.
+    """
+    if (
+        relative.startswith(("/", "data:", "file:"))
+        or "\0" in relative
+        or "://" in relative
+        or not _encodable(relative)
+    ):
+        raise _hostile(f"{relative[:200]!r}: must be a path relative to the image root {root}")
+    base = _real_root(root)
+    path = os.path.normpath(os.path.join(base, relative)) if allow_links else _real(base, relative)  # noqa: PTH118
+    if not f"{path}/".startswith(base.rstrip("/") + "/"):
+        raise _hostile(f"{relative!r}: leads outside the image root {root}")
+    return Path(path)
+
+
+def regular_file(path: Path, name: str, kind: str = "image") -> int:
+    """Bytes in the regular file at `path` (links followed), found without opening it: to open a pipe may hang.
+
+    Raises RecordError calling it `name`: "`kind`_missing", "`kind`_empty", "`kind`_unreadable" (no right to
+    look), and "image_path" (hostile) for a folder, a pipe, a socket or a device.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise RecordError(f"{name}: no such {kind}", f"{kind}_missing") from error
+        raise RecordError(f"{name}: cannot be read: {error.strerror}", f"{kind}_unreadable") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise _hostile(f"{name}: {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}, not {kind} data")
+    if not found.st_size:
+        raise RecordError(f"{name}: an empty file (0 bytes)", f"{kind}_empty")
+    return found.st_size
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _hostile(message: str) -> RecordError:
+    return RecordError(message, "image_path", hostile=True)
+
+
+def _encodable(relative: str) -> bool:
+    try:
+        os.fsencode(relative)
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can write
+        return False
+    return True
+
+
+def _real_root(root: Path) -> str:
+    """realpath of `root`, kept for as long as `root` is the same folder."""
+    try:
+        found = root.stat()
+    except OSError:
+        return os.path.realpath(root)
+    return _kept_realpath(str(root), found.st_dev, found.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _kept_realpath(root: str, device: int, inode: int) -> str:
+    return os.path.realpath(root)
+
+
+def _real(base: str, relative: str) -> str:
+    """realpath of `base/relative` for a `base` without links; quick where there are no links below it either."""
+    path = base.rstrip("/")
+    for part in relative.split("/"):
+        if part in ("", "."):
+            continue
+        path = f"{path}/{part}"
+        if part == ".." or _is_link(path):
+            return os.path.realpath(f"{base}/{relative}")
+    return path or base
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:  # nothing there, so no link either
+        return False

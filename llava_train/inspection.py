@@ -1,67 +1,154 @@
-"""See what a recipe trains on: each record's tokens, which of them are supervised, where its images stand."""
+"""See what a recipe trains on: which records, their tokens, which of them are supervised, where pictures stand."""
 
 from __future__ import annotations
 
+import random
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_train.data.encode import IGNORE, Encoder, encode
-from llava_train.data.formats import read_samples
-from llava_train.errors import DataError
+from transformers import PreTrainedTokenizerBase
+
+from llava_train.data.encode import IGNORE
+from llava_train.data.pieces import Job, Keeper, Outcome, rows_of
+from llava_train.data.prepare import Source
+from llava_train.data.prepared import Origin, Row, as_row
+from llava_train.data.reading import find_format, read_entries
+from llava_train.errors import RecipeError, RecordError
 from llava_train.recipe import Recipe
-from llava_train.training.material import encoder_of
+from llava_train.registry import suggest
+from llava_train.training.material import prepare, sources_of
 
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which records to show: the first ones, or those of an id or source; `longest` or `random` of the prepared set."""
+
+    n: int | None = None
+    id: str | None = None
+    source: str | None = None
+    longest: bool = False
+    random: bool = False
 
 
 def inspect(recipe: Recipe, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """For each training record in order: `id, input_ids, labels, image_token_id, image_tokens`.
 
-    Labels are unshifted, -100 where unsupervised. Raises DataError at the first record that cannot be used.
+    Labels are unshifted, -100 where unsupervised. Raises RecordError at the first record that cannot be used.
     """
-    encoder, _ = encoder_of(recipe)
-    for number, sample in enumerate(
-        s for source in recipe.data.train for s in read_samples(Path(source.path), source.format)
-    ):
-        if limit is not None and number == limit:
-            return
-        if isinstance(sample, DataError):
-            raise sample
-        encoded = encode(sample, encoder)
+    sources = sources_of(recipe)
+    for row in choose(recipe, sources, Choice(n=limit)):
         yield {
-            "id": sample.id,
-            "input_ids": encoded.input_ids,
-            "labels": encoded.labels,
-            "image_token_id": encoder.image_token_id,
-            "image_tokens": encoder.image_tokens,
+            "id": row.id,
+            "input_ids": row.input_ids.tolist(),
+            "labels": row.labels.tolist(),
+            "image_token_id": sources[0].encoder.image_token_id,
+            "image_tokens": sources[0].encoder.image_tokens,
         }
 
 
-def coloured(row: dict[str, Any], encoder: Encoder) -> str:
-    """A record for the terminal: supervised text green, the rest dim, each image as one block."""
-    pieces = [f"{row['id']}: {len(row['input_ids'])} tokens, {sum(x != IGNORE for x in row['labels'])} supervised\n"]
-    for supervised, ids in _runs(row):
-        text = encoder.tokenizer.decode(_without_images(ids, row["image_token_id"]), skip_special_tokens=False)
-        images = ids.count(row["image_token_id"]) // max(1, row["image_tokens"])
-        block = f"[image x{images}: {row['image_tokens']} tokens each]" if images else ""
-        pieces.append(f"{_GREEN if supervised else _DIM}{block}{text}{_PLAIN}")
+def choose(recipe: Recipe, sources: list[Source], choice: Choice) -> Iterator[Row]:
+    """The rows of a choice. In order they are read from the sources; by length or chance from the prepared set.
+
+    Raises RecipeError for a source or an id that is not there, RecordError for a record that cannot be used.
+    """
+    names = [source.name for source in sources]
+    if choice.source is not None and choice.source not in names:
+        raise RecipeError(f"--source {choice.source}: no such source{suggest(choice.source, names)}")
+    if choice.longest or choice.random:
+        yield from _from_prepared(recipe, names, choice)
+        return
+    rows = (row for source in sources if choice.source in (None, source.name) for row in _read(source))
+    if choice.id is not None:
+        rows = (row for row in rows if row.id == choice.id)
+    found = 0
+    for row in islice(rows, choice.n):
+        found += 1
+        yield row
+    if choice.id is not None and not found:
+        raise RecipeError(f"--id {choice.id}: no record of this recipe has this id")
+
+
+def _from_prepared(recipe: Recipe, names: list[str], choice: Choice) -> Iterator[Row]:
+    prepared = prepare(recipe).train
+    rows = list(range(len(prepared)))
+    if choice.source is not None:
+        rows = prepared.rows_of_source(names.index(choice.source)).tolist()
+    count = min(len(rows), 5 if choice.n is None else choice.n)
+    if choice.longest:
+        rows.sort(key=lambda row: (-prepared.lengths[row], row))
+    else:
+        rows = random.sample(rows, count)
+    for row in rows[:count]:
+        yield prepared.row(row)
+
+
+def _read(source: Source) -> Iterator[Row]:
+    """Rows of a source in order, made as `prepare` makes them, pictures not looked at."""
+    job = Job(find_format(source.files[0], source.format), source.encoder, source.media, verify="none")
+    with tempfile.TemporaryFile() as nowhere:
+        for file in source.files:
+            entries = read_entries(file)
+            origin = Origin(source.name, file, Path(), source.media, source.aspect_ratio)  # type: ignore[arg-type]
+            while chunk := list(islice(entries, _CHUNK)):
+                outcome, keep = Outcome(""), Keeper(nowhere)
+                rows = rows_of(chunk, file, job, outcome, keep)
+                if outcome.faults:
+                    fault = outcome.faults[0]
+                    raise RecordError(fault.message, fault.cause, fault.hostile)
+                for values in rows:
+                    row = as_row(values, origin, source.encoder.image_token_id)
+                    yield replace(row, images=tuple(keep.bytes_of(ref) for ref in row.images))
+
+
+def coloured(row: Row, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> str:
+    """A record for the terminal: supervised text green, the rest dim, neighbouring pictures as one block."""
+    supervised = int((row.labels != IGNORE).sum())
+    pieces = [f"{row.id}  {row.place}  [{row.source}]: {len(row.input_ids)} tokens, {supervised} supervised\n"]
+    for run in runs(row, image_token_id):
+        if run.image_tokens:
+            pieces.append(f"{_DIM}[{_block(run.image_tokens)}]{_PLAIN}")
+        else:
+            text = tokenizer.decode(run.ids, skip_special_tokens=False)
+            pieces.append(f"{_GREEN if run.supervised else _DIM}{text}{_PLAIN}")
     return "".join(pieces)
 
 
-def _runs(row: dict[str, Any]) -> Iterator[tuple[bool, list[int]]]:
+def _block(image_tokens: tuple[int, ...]) -> str:
+    each = f"{image_tokens[0]} tokens each" if len(set(image_tokens)) == 1 else f"{sum(image_tokens)} tokens"
+    return f"image x{len(image_tokens)}: {each}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of one kind: text that is supervised or not, or pictures (`image_tokens` of each)."""
+
+    ids: list[int]
+    supervised: bool = False
+    image_tokens: tuple[int, ...] = ()
+
+
+def runs(row: Row, image_token_id: int) -> Iterator[Run]:
+    """A row as runs, in order."""
+    ids, said = row.input_ids.tolist(), (row.labels != IGNORE).tolist()
+    waiting = list(row.image_tokens)
     start = 0
-    labels, ids = row["labels"], row["input_ids"]
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORE) != (labels[start] == IGNORE) or _border(ids, end, row):
-            yield labels[start] != IGNORE, ids[start:end]
-            start = end
-
-
-def _border(ids: list[int], at: int, row: dict[str, Any]) -> bool:
-    image = row["image_token_id"]
-    return (ids[at] == image) != (ids[at - 1] == image)
-
-
-def _without_images(ids: list[int], image_token_id: int) -> list[int]:
-    return [token for token in ids if token != image_token_id]
+        kind = (said[start], ids[start] == image_token_id)
+        if end < len(ids) and (said[end], ids[end] == image_token_id) == kind:
+            continue
+        if kind[1]:
+            shown, left = [], end - start
+            while left > 0:
+                shown.append(waiting.pop(0))
+                left -= shown[-1]
+            yield Run(ids[start:end], image_tokens=tuple(shown))
+        else:
+            yield Run(ids[start:end], supervised=kind[0])
+        start = end

@@ -39,16 +39,37 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """One file of records; image paths in it are relative to `image_root`."""
+    """One source of a mixture: files of records, and how they are treated. See docs/data.md.
 
-    path: str
-    image_root: str | None = None
+    `path` is a file, a glob, `shard-{000..331}.tar`, a folder, or a URL that fsspec knows; `hub` a dataset id (or
+    folder) for `datasets.load_dataset`. Image paths in records are relative to `image_root`.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    name: str | None = None
     format: str = "auto"
+    image_root: str | None = None
+    template: str | None = None
+    image_aspect_ratio: Literal["pad", "square", "crop"] | None = None
+    exif_orientation: bool | None = None
+    video_frames: int = 8
+    weight: float | None = None
+    repeat: float = 1.0
+    cap: int | None = None
+    policy: Literal["error", "skip"] = "error"
+    max_skipped: float = 0.001
+    duplicates: Literal["id", "content", "allow"] = "id"
+    verify: Literal["none", "exists", "header", "decode"] = "header"
+    allow_links: bool = False
+    allow_http: bool = False
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on, and how a record becomes tokens."""
+    """What is trained on, and how a record becomes tokens. `prepare_workers` 0 is one a core."""
 
     template: str = "vicuna_v1"
     train: list[SourceSettings] = field(default_factory=list)
@@ -57,6 +78,7 @@ class DataSettings:
     max_length: int = 2048
     exif_orientation: bool = False
     cache_dir: str = "runs/prepared"
+    prepare_workers: int = 0
     num_workers: int = 2
 
 
@@ -233,4 +255,20 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         ("checkpoint", "keep_last"): recipe.checkpoint.keep_last,
     }
     checks += [(value <= 0, key, f"must be above 0, not {value}") for key, value in positive.items()]
+    for part in ("train", "validation"):
+        for index, source in enumerate(getattr(data, part)):
+            checks += [(w, ("data", part, str(index), key), m) for w, key, m in _source_faults(source)]
     return [(key, message) for wrong, key, message in checks if wrong]
+
+
+def _source_faults(source: SourceSettings) -> list[tuple[bool, str, str]]:
+    return [
+        (not source.path and not source.hub, "path", "name the files (path) or a dataset (hub)"),
+        (bool(source.path) and bool(source.hub), "hub", "set either path or hub, not both"),
+        (source.weight is not None and source.repeat != 1.0, "weight", "set either weight or repeat, not both"),
+        (source.weight is not None and source.weight <= 0, "weight", "must be above 0"),
+        (source.repeat <= 0, "repeat", "must be above 0"),
+        (source.cap is not None and source.cap < 1, "cap", "must be at least 1"),
+        (source.video_frames < 1, "video_frames", "must be at least 1"),
+        (not 0 <= source.max_skipped <= 1, "max_skipped", "must be from 0 to 1"),
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llava_train.data.encode import Encoder, encode
+from llava_train.data.encode import Encoder, encode, expand
 from llava_train.data.formats import parse_llava
 from llava_train.data.template import load_template
 from llava_train.errors import DataError, LlavaTrainError
@@ -48,8 +48,12 @@ def _difference(vector: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> d
         ours = encode(parse_llava(vector["record"], "vector"), encoder)
     except DataError as error:
         return {"error": str(error)}
-    ids = [ORIGINAL_IMAGE if token == encoder.image_token_id else token for token in ours.input_ids]
-    for name, mine, theirs in (("input_ids", ids, vector["input_ids"]), ("labels", ours.labels, vector["labels"])):
+    expanded, labels = expand(ours.input_ids, ours.spans, ours.image_tokens, encoder.image_token_id)
+    ids = [ORIGINAL_IMAGE if token == encoder.image_token_id else token for token in expanded.tolist()]
+    for name, mine, theirs in (
+        ("input_ids", ids, vector["input_ids"]),
+        ("labels", labels.tolist(), vector["labels"]),
+    ):
         if mine != theirs:
             at = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
             return {"in": name, "at": at, "ours": mine[at : at + 8], "theirs": theirs[at : at + 8]}

@@ -1,9 +1,18 @@
+"""Files: whole or not at all, inside their root, and never opened where they are no files."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from llava_train.errors import DataError, StorageError
-from llava_train.files import atomic_folder, ensure_space, inside, read_json, write_json
+from llava_train.data.images import check_image, decode_image, open_image
+from llava_train.errors import DataError, RecordError, StorageError
+from llava_train.files import atomic_folder, ensure_space, inside, read_json, regular_file, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -28,19 +37,136 @@ def test_space_is_checked_with_both_numbers(tmp_path: Path) -> None:
         ensure_space(tmp_path / "file" / "below", 1, "x")
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "http://host/x.png", "a\0b", "link/x"])
-def test_no_path_leaves_its_root(tmp_path: Path, path: str) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "link").symlink_to(tmp_path)
-    with pytest.raises(DataError):
+HOSTILE = [
+    "../x",
+    "/etc/passwd",
+    "a/../../x",
+    "http://host/x.png",
+    "a\0b",
+    "link/x",
+    "file:x",
+    "\ud800",
+    "lost",
+    "link",
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root" / "sub").mkdir(parents=True)
+    (tmp_path / "root" / "link").symlink_to(tmp_path)
+    (tmp_path / "root" / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "root" / "short").symlink_to("sub")
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+def test_no_path_leaves_its_root(root: Path, path: str) -> None:
+    with pytest.raises(RecordError, match="image root") as caught:
         inside(root, path)
+    assert (caught.value.cause, caught.value.hostile) == ("image_path", True)
 
 
-def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "root").symlink_to(tmp_path / "real")
-    assert inside(tmp_path / "root", "a.png") == tmp_path / "real" / "a.png"
+def test_paths_inside_are_found_without_links(root: Path) -> None:
+    found = {"a.png": "a.png", "sub/./b": "sub/b", "short/b": "sub/b", "sub/../short//b": "sub/b", "none/a": "none/a"}
+    for relative, expected in found.items():
+        assert inside(root, relative) == root / expected
+    assert inside(Path("/"), "a/b") == Path("/a/b")
+
+
+def test_links_may_lead_outside_where_that_is_allowed(root: Path) -> None:
+    assert inside(root, "link/x", allow_links=True) == root / "link" / "x"
+    assert inside(root, "link/../x", allow_links=True) == root / "x"  # as it is written, not as the link leads
+    for path in [*HOSTILE[:5], "link/../../x"]:
+        with pytest.raises(RecordError):
+            inside(root, path, allow_links=True)
+
+
+def test_the_root_itself_may_be_a_link_and_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "root").unlink(missing_ok=True)
+        (tmp_path / "root").symlink_to(tmp_path / name)
+        for root in (tmp_path / "root", Path("root")):
+            assert inside(root, "a.png") == tmp_path / name / "a.png"
+
+
+def test_links_that_turn_in_a_circle_are_no_file(root: Path) -> None:
+    (root / "ring").symlink_to("ring")
+    with pytest.raises(RecordError) as caught:
+        regular_file(inside(root, "ring/a.png"), "x", "video")
+    assert (caught.value.cause, caught.value.hostile) == ("video_missing", False)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        place = Path.cwd()
+        os.chdir(tmp_path)  # the name of a socket must be short
+        try:
+            server.bind("socket")
+        finally:
+            os.chdir(place)
+    told = {"folder": "a folder", "pipe": "a pipe", "socket": "a socket", "zero": "a device"}
+    reads: list[Callable] = [lambda p: decode_image(p, "x"), lambda p: check_image(p, "x", "exists")]
+    for name, kind in told.items():
+        for read in reads:
+            with pytest.raises(RecordError, match=f"x: {kind}") as caught:
+                read(tmp_path / name)
+            assert (caught.value.cause, caught.value.hostile) == ("image_path", True)
+    for name in ("none.png", "folder/none.png", "n" * 300):
+        with pytest.raises(RecordError, match="no such image") as caught:
+            open_image(tmp_path, name)
+        assert (caught.value.cause, caught.value.hostile) == ("image_missing", False)
+
+
+OPENED_FILES = """
+import os, sys
+from pathlib import Path
+from llava_train.data.images import check_image, open_image
+from llava_train.errors import RecordError
+from llava_train.files import inside
+
+opened = []
+sys.addaudithook(lambda event, arguments: event == "open" and opened.append(str(arguments[0])))
+root = Path(sys.argv[1])
+open_image(root, "good.png")  # what is imported at the first picture
+open_image(root, "bad.png") if (root / "bad.png").exists() else None
+opened.clear()
+open_image(root, "good.png")
+assert opened == [os.path.realpath(root / "good.png")], opened
+opened.clear()
+for name in sys.argv[2:] + ["a\\0b", "\\ud800.png"]:
+    for read in (open_image, lambda root, name: check_image(inside(root, name), name, "decode")):
+        try:
+            read(root, name)
+        except RecordError as error:
+            assert error.cause == "image_path" and error.hostile, (name, error)
+        else:
+            raise SystemExit(f"{name} was read")
+assert opened == [], opened
+"""
+
+
+def test_no_byte_outside_the_root_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    for place in (root / "good.png", tmp_path / "secret.png"):
+        Image.new("RGB", (2, 2)).save(place)
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "up").symlink_to(tmp_path)
+    (root / "zero").symlink_to("/dev/zero")
+    os.mkfifo(root / "pipe")
+    outside = str(tmp_path / "secret.png")
+    hostile = ["../secret.png", "sub/../../secret.png", outside, "out.png", "up/secret.png", "up/../root/../secret.png"]
+    hostile += [f"file://{outside}", "http://host/x.png", f"file:{outside}", "data:image/png;base64,AAAA"]
+    hostile += ["pipe", "sub", "", ".", "zero", "/dev/zero", "/proc/self/environ"]
+    command = [sys.executable, "-c", OPENED_FILES, str(root), *hostile]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
 
 
 def test_json_says_where_it_breaks(tmp_path: Path) -> None:

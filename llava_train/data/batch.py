@@ -5,18 +5,20 @@ Shapes: B samples, T tokens (the longest of the batch), I images, 3 x H x W pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_train.data.encode import IGNORE
-from llava_train.data.images import open_image, pixel_values
+from llava_train.data.images import AspectRatio, pixel_values, with_aspect_ratio
+from llava_train.data.media import Media, open_picture
 from llava_train.data.plan import MicroBatch, Plan, deal
-from llava_train.data.prepare import PreparedSet
+from llava_train.data.prepared import PreparedSet, Row
+from llava_train.data.sample import ImageRef
+from llava_train.errors import RecordError
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,44 @@ class Batch:
 
 
 class ImageReader:
-    """Pixels of the images of a prepared set; small pictures that come again are kept, up to 256 MB."""
+    """Pixels of pictures; small ones that come again are kept, up to 256 MB."""
 
     budget = 256 * 2**20
 
-    def __init__(self, processor: Any, exif_orientation: bool = False) -> None:
-        self.processor, self.exif_orientation = processor, exif_orientation
-        self._kept: dict[tuple[Path, str], torch.Tensor] = {}
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self._shaped: dict[str | None, Any] = {None: processor}
+        self._kept: dict[tuple[ImageRef, Media, str | None], torch.Tensor] = {}
         self._bytes = 0
 
-    def read(self, root: Path, path: str) -> torch.Tensor:
-        """(3, H, W) float32."""
-        key = (root, path)
+    def read(self, ref: ImageRef, media: Media, aspect_ratio: AspectRatio | None = None) -> torch.Tensor:
+        """(3, H, W) float32, brought to shape by `aspect_ratio` or else as the processor does."""
+        key = (ref, media, aspect_ratio)
         if key not in self._kept:
-            pixels = pixel_values([open_image(root, path, self.exif_orientation)], self.processor)[0]
+            pixels = pixel_values([open_picture(ref, media)], self._processor(aspect_ratio))[0]
             if self._bytes + pixels.nbytes > self.budget:
                 return pixels
             self._kept[key] = pixels
             self._bytes += pixels.nbytes
         return self._kept[key]
 
+    def _processor(self, aspect_ratio: AspectRatio | None) -> Any:
+        if aspect_ratio is not None and aspect_ratio not in self._shaped:
+            size = int(self.processor.crop_size["height"])
+            self._shaped[aspect_ratio] = with_aspect_ratio(self.processor, aspect_ratio, size)
+        return self._shaped[aspect_ratio]
 
-def collate(rows: list[dict[str, Any]], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
+
+def collate(rows: list[Row], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
     """Rows of a prepared set as right-padded tensors."""
-    length = max(row["length"] for row in rows)
+    length = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for index, row in enumerate(rows):
-        size = row["length"]
-        input_ids[index, :size] = torch.as_tensor(row["input_ids"])
-        labels[index, :size] = torch.as_tensor(row["labels"])
+        size = len(row.input_ids)
+        input_ids[index, :size] = torch.from_numpy(row.input_ids)
+        labels[index, :size] = torch.from_numpy(row.labels)
         mask[index, :size] = 1
     return Batch(
         input_ids,
@@ -88,7 +97,7 @@ def collate(rows: list[dict[str, Any]], weights: list[float], pixels: list[torch
         labels,
         torch.tensor(weights, dtype=torch.float32),
         torch.stack(pixels) if pixels else None,
-        tuple(f"{row['id']} ({row['place']})" for row in rows),
+        tuple(f"{row.id} ({row.place})" for row in rows),
     )
 
 
@@ -99,27 +108,23 @@ class BatchReader:
         self.prepared, self.reader, self.pad_id = prepared, reader, pad_id
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
-        """Tensors of one micro-batch."""
-        rows = [self.prepared.table[sample] for sample in micro_batch.samples]
-        pixels = [
-            self.reader.read(self.prepared.image_root(row["source"]), path) for row in rows for path in row["images"]
-        ]
-        return collate(rows, list(micro_batch.weights), pixels, self.pad_id)
+        """Tensors of one micro-batch; RecordError names the sample whose picture cannot be read any more."""
+        rows = [self.prepared.row(sample) for sample in micro_batch.samples]
+        return collate(rows, list(micro_batch.weights), [p for row in rows for p in self._pixels(row)], self.pad_id)
+
+    def _pixels(self, row: Row) -> list[torch.Tensor]:
+        try:
+            return [self.reader.read(ref, row.media, row.aspect_ratio) for ref in row.images]
+        except RecordError as error:
+            raise RecordError(f"{row.place} (id {row.id}): {error}", error.cause, error.hostile) from error
 
 
 class StepDataset(Dataset[list[Batch]]):
     """Item n is step n: this rank's micro-batches. A pure function of the plan, so any step can come next."""
 
-    def __init__(
-        self,
-        reader: BatchReader,
-        plan: Plan,
-        rows: Sequence[int],
-        place: tuple[int, int],
-        micro: tuple[int, str],
-    ) -> None:
-        """`rows` of the prepared set are the plan's samples; `place` is (rank, world size)."""
-        self.reader, self.plan, self.rows = reader, plan, rows
+    def __init__(self, reader: BatchReader, plan: Plan, place: tuple[int, int], micro: tuple[int, str]) -> None:
+        """`place` is (rank, world size), `micro` is (micro-batch size, loss normalization)."""
+        self.reader, self.plan = reader, plan
         self.rank, self.world_size = place
         self.micro_batch_size, self.normalization = micro
 
@@ -129,7 +134,7 @@ class StepDataset(Dataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         prepared = self.reader.prepared
         dealt = deal(
-            [self.rows[sample] for sample in self.plan.step(step)],
+            self.plan.step(step),
             prepared.lengths,
             prepared.supervised,
             self.world_size,

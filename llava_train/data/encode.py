@@ -1,26 +1,30 @@
 """Sample -> token ids and labels: the only place where labels are made. Pure.
 
-Each image becomes its N placeholder tokens in the text, then one chat-template call of the tokenizer gives
-ids and the mask of what the assistant says. Nothing is split and tokenised again, so ids and labels cannot
-disagree:
+One chat-template call of the tokenizer gives ids and the mask of what the assistant says. Nothing is split and
+tokenised again, so ids and labels cannot disagree. A picture is one `<image>` here; `expand` repeats it as often
+as the picture has tokens, when a batch is made:
 
     Sample "What is it?" -> "A cat."   with vicuna_v1 and 2 tokens an image
-    ids     <s> A chat .. USER: <image> <image> \\n What is it ? ASSISTANT: A cat . </s>
-    labels  -100 ..                                                         A cat . </s>
+    folded    <s> A chat .. USER: <image> \\n What is it ? ASSISTANT: A cat . </s>
+    ids       <s> A chat .. USER: <image> <image> \\n What is it ? ASSISTANT: A cat . </s>
+    labels    -100 ..                                                         A cat . </s>
+
+Expanding ids equals expanding the text: a special token is cut out of the text before anything is merged, and
+between two that touch there is no text (tested for every template).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llava_train.data.formats import IMAGE_MARKER
-from llava_train.data.sample import ImageRef, Sample
-from llava_train.errors import DataError
+from llava_train.data.sample import IMAGE_MARKER, ImageRef, Sample, Turn
+from llava_train.errors import RecordError
 
 IGNORE = -100
 """Label of a position that carries no loss (PyTorch's and the original's value)."""
@@ -28,11 +32,44 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids and unshifted labels of one sample, equally long; `truncated` tokens were cut from the end."""
+    """One sample, folded.
 
-    input_ids: list[int]
-    labels: list[int]
+    Attributes:
+        input_ids: one `<image>` a picture, (folded tokens,).
+        spans: start and end of each supervised stretch of `input_ids`, half open, (spans, 2).
+        image_tokens: tokens of each picture.
+        length: tokens when expanded.
+        truncated: tokens that were cut from the end.
+    """
+
+    input_ids: np.ndarray
+    spans: np.ndarray
+    image_tokens: tuple[int, ...]
+    length: int
     truncated: int = 0
+
+    @property
+    def supervised(self) -> int:
+        """Positions that carry loss. The first position predicts nothing, so a label there never counts."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum() - (self.spans[:1, 0] == 0).sum())
+
+
+def expand(
+    input_ids: np.ndarray, spans: np.ndarray, image_tokens: Sequence[int], image_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and unshifted labels of a folded sample, both (tokens,) int64; -100 where unsupervised."""
+    widths = _widths(input_ids, image_tokens, image_token_id)
+    said = np.zeros(len(input_ids), dtype=bool)
+    for start, end in spans.reshape(-1, 2):
+        said[start:end] = True
+    ids = np.repeat(input_ids, widths).astype(np.int64)
+    return ids, np.where(np.repeat(said, widths), ids, IGNORE)
+
+
+def _widths(input_ids: np.ndarray, image_tokens: Sequence[int], image_token_id: int) -> np.ndarray:
+    widths = np.ones(len(input_ids), dtype=np.int64)
+    widths[input_ids == image_token_id] = image_tokens
+    return widths
 
 
 @dataclass(frozen=True)
@@ -62,39 +99,44 @@ class Encoder:
         object.__setattr__(self, "image_token_id", self.tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
 
 
-def messages_of(sample: Sample, image_text: str = IMAGE_MARKER) -> list[dict[str, str]]:
-    """The sample as chat messages, each image written as `image_text`."""
+def messages_of(sample: Sample) -> list[dict[str, str]]:
+    """The sample as chat messages, each picture written as `<image>`."""
     return [
         {
             "role": turn.role,
-            "content": "".join(image_text if isinstance(part, ImageRef) else part for part in turn.parts),
+            "content": "".join(IMAGE_MARKER if isinstance(part, ImageRef) else part for part in turn.parts),
         }
         for turn in sample.turns
     ]
 
 
 def encode(sample: Sample, encoder: Encoder) -> Encoded:
-    """Ids and labels of one sample; raises DataError where `encode_many` would return it."""
+    """Ids and labels of one sample; raises RecordError where `encode_many` would return it."""
     (result,) = encode_many([sample], encoder)
-    if isinstance(result, DataError):
+    if isinstance(result, RecordError):
         raise result
     return result
 
 
-def encode_many(samples: Sequence[Sample], encoder: Encoder) -> list[Encoded | DataError]:
-    """Ids and labels of each sample, or the DataError that says why it cannot be trained on.
+def encode_many(samples: Sequence[Sample], encoder: Encoder) -> list[Encoded | RecordError]:
+    """Ids and labels of each sample, or the RecordError that says why it cannot be trained on.
 
     A sample is refused when its text holds a control token, when truncation to `max_length` would cut an
     image, or when no supervised token is left.
     """
-    results: list[Encoded | DataError | None] = [_control_fault(sample, encoder) for sample in samples]
+    results: list[Encoded | RecordError | None] = [_text_fault(sample, encoder) for sample in samples]
     good = [index for index, result in enumerate(results) if result is None]
     if good:
-        placeholders = IMAGE_MARKER * encoder.image_tokens
-        rendered = _apply_template([messages_of(samples[i], placeholders) for i in good], encoder)
+        rendered = _apply_template([messages_of(samples[i]) for i in good], encoder)
         for index, ids, mask in zip(good, rendered["input_ids"], rendered["assistant_masks"]):
-            results[index] = _finish(samples[index], ids, mask, encoder)
+            results[index] = _finish(samples[index], np.asarray(ids, np.int32), np.asarray(mask, np.int8), encoder)
     return [result for result in results if result is not None]
+
+
+def with_rejected(sample: Sample) -> Sample:
+    """The same conversation with the answer that was not chosen."""
+    assert sample.rejected is not None
+    return replace(sample, turns=(*sample.turns[:-1], Turn("assistant", (sample.rejected,))), rejected=None)
 
 
 def _apply_template(conversations: list[list[dict[str, str]]], encoder: Encoder) -> Any:
@@ -109,33 +151,47 @@ def _apply_template(conversations: list[list[dict[str, str]]], encoder: Encoder)
     )
 
 
-def _control_fault(sample: Sample, encoder: Encoder) -> DataError | None:
+def _text_fault(sample: Sample, encoder: Encoder) -> RecordError | None:
     for turn in sample.turns:
         found = encoder.control.search(turn.text)
         if found:
-            return DataError(
-                f"{sample.where}: the text of the {turn.role} holds the control token {found.group()!r}; "
-                "remove it from the data"
+            return sample.fault(
+                f"the text of the {turn.role} holds the control token {found.group()!r}; remove it from the data",
+                "control_token",
             )
+        if not turn.text.isascii() and _half_characters(turn.text):
+            return sample.fault(f"the text of the {turn.role} is not valid Unicode (half of a character)", "not_utf8")
     return None
 
 
-def _finish(sample: Sample, ids: list[int], mask: list[int], encoder: Encoder) -> Encoded | DataError:
-    expected = len(sample.images) * encoder.image_tokens
-    found = ids.count(encoder.image_token_id)
-    if found not in (expected, 0) or (found == 0 and expected):
-        return DataError(f"{sample.where}: the template renders {found} image tokens, expected {expected}")
-    kept = ids[: encoder.max_length]
-    if kept.count(encoder.image_token_id) != found:
-        return DataError(
-            f"{sample.where}: max_length {encoder.max_length} would cut an image ({len(ids)} tokens in all); "
-            "raise data.max_length"
+def _half_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _finish(sample: Sample, ids: np.ndarray, mask: np.ndarray, encoder: Encoder) -> Encoded | RecordError:
+    expected = len(sample.images)
+    found = int((ids == encoder.image_token_id).sum())
+    if found != expected:
+        return sample.fault(f"the template renders {found} images, expected {expected}", "marker_count")
+    image_tokens = (encoder.image_tokens,) * found
+    # ends[n] is the expanded length of the first n folded tokens.
+    ends = np.concatenate([[0], np.cumsum(_widths(ids, image_tokens, encoder.image_token_id))])
+    length, kept = int(ends[-1]), int(np.searchsorted(ends, encoder.max_length, side="right")) - 1
+    ids, mask = ids[:kept], mask[:kept]
+    if (ids == encoder.image_token_id).sum() != found:
+        return sample.fault(
+            f"max_length {encoder.max_length} would cut an image ({length} tokens in all); raise data.max_length",
+            "image_cut",
         )
-    # The first position predicts nothing, so a label there would never count.
-    labels = [token if said else IGNORE for token, said in zip(kept, mask)]
-    if all(label == IGNORE for label in labels[1:]):
-        return DataError(
-            f"{sample.where}: no supervised token is left within max_length {encoder.max_length} "
-            f"({len(ids)} tokens in all)"
+    borders = np.flatnonzero(np.diff(mask, prepend=0, append=0)).astype(np.int32)
+    encoded = Encoded(ids, borders.reshape(-1, 2), image_tokens, int(ends[kept]), length - int(ends[kept]))
+    if encoded.supervised < 1:
+        return sample.fault(
+            f"no supervised token is left within max_length {encoder.max_length} ({length} tokens in all)",
+            "nothing_supervised",
         )
-    return Encoded(kept, labels, len(ids) - len(kept))
+    return encoded

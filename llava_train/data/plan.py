@@ -8,55 +8,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from llava_train.data.mixture import Mixture
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a run: every sample once an epoch, the last step of an epoch may be smaller.
+    """The order of a run: every sample of the mixture once an epoch, the last step of an epoch may be smaller.
 
     Attributes:
-        samples: size of the training set.
+        mixture: which rows make an epoch.
         global_batch_size: samples a step.
         total_steps: steps of the run.
         seed: seed of the order.
     """
 
-    samples: int
+    mixture: Mixture
     global_batch_size: int
     total_steps: int
     seed: int
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, samples: int, global_batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
+    def of(cls, mixture: Mixture, global_batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
         """A plan for `epochs` passes, or for `max_steps` if that is given."""
-        per_epoch = math.ceil(samples / global_batch_size)
+        per_epoch = math.ceil(mixture.size / global_batch_size)
         total = max_steps if max_steps is not None else max(1, math.ceil(per_epoch * epochs))
-        return cls(samples, global_batch_size, total, seed)
+        return cls(mixture, global_batch_size, total, seed)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one pass over the data."""
-        return math.ceil(self.samples / self.global_batch_size)
+        return math.ceil(self.mixture.size / self.global_batch_size)
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data when `step` (from 0) is done."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return epoch + min(1.0, (within + 1) * self.global_batch_size / self.samples)
+        return epoch + min(1.0, (within + 1) * self.global_batch_size / self.mixture.size)
 
     def step(self, index: int) -> list[int]:
-        """Indices of the samples of step `index`, in their order."""
+        """Rows of the samples of step `index`, in their order."""
         epoch, within = divmod(index, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders.clear()  # one epoch is 8 bytes a sample; the next one is made when it begins
+            self._orders[epoch] = self.mixture.epoch(self.seed, epoch)
         start = within * self.global_batch_size
-        return _order(self.samples, self.seed, epoch)[start : start + self.global_batch_size].tolist()
-
-
-@lru_cache(maxsize=2)
-def _order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(samples)
+        order: list[int] = self._orders[epoch][start : start + self.global_batch_size].tolist()
+        return order
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,20 @@ def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: st
     return {
         sample: 1.0 / (len(filled) * sum(int(supervised[s]) for s in bucket)) for bucket in filled for sample in bucket
     }
+
+
+def padding_share(plan: Plan, lengths: np.ndarray, supervised: np.ndarray, micro_batch_size: int) -> dict[str, float]:
+    """Share of positions that are padding: `random` cuts a step as it comes, `planned` as `deal` does.
+
+    Measured on up to 64 steps spread over the first epoch, on one device.
+    """
+    steps = np.unique(np.linspace(0, plan.steps_per_epoch - 1, 64).astype(int)).tolist()
+    tokens = padded_random = padded_planned = 0
+    for step in steps:
+        rows = plan.step(step)
+        cuts = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+        (planned,) = deal(rows, lengths, supervised, 1, micro_batch_size, "tokens")
+        tokens += int(lengths[rows].sum())
+        padded_random += sum(int(lengths[cut].max()) * len(cut) for cut in cuts)
+        padded_planned += sum(int(lengths[list(m.samples)].max()) * len(m.samples) for m in planned)
+    return {"random": 1 - tokens / padded_random, "planned": 1 - tokens / padded_planned}

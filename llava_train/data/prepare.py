@@ -1,212 +1,196 @@
-"""Source files -> prepared set: validated, tokenised, memory-mapped Arrow beside a fingerprint.
+"""Source files -> prepared set: every record parsed, checked and tokenised by a pool of processes.
 
-A prepared set lies in `<cache_dir>/<fingerprint>/`: `data.arrow` (one row a sample), `prepared.json` (the
-fingerprint's inputs, counts and lengths). The same inputs find the same folder; anything else makes a new one.
+A cache folder holds `<fingerprint>/` (a set: `prepared.json`, `skipped.jsonl`) and `pieces/` (see
+`llava_train.data.pieces`). The same inputs find the same set; a changed input rebuilds the pieces that it touches.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from llava_train.data.encode import IGNORE, Encoded, Encoder, encode_many
-from llava_train.data.formats import read_samples
-from llava_train.data.images import check_image
-from llava_train.data.sample import Sample
+from llava_train.data.composition import statistics
+from llava_train.data.containers import CONTAINERS, Piece, detect_container
+from llava_train.data.encode import Encoder
+from llava_train.data.faults import FaultLog, find_doubles
+from llava_train.data.media import Media
+from llava_train.data.pieces import Job, Outcome, known_outcome
+from llava_train.data.pool import PieceTask, run_pieces
+from llava_train.data.prepared import PIECES, PreparedSet
+from llava_train.data.reading import find_format
 from llava_train.errors import DataError
-from llava_train.files import atomic_folder, ensure_space, read_json, sha256_file, sha256_json, write_json
+from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, write_json
+from llava_train.storage import Identities, is_remote
 
-_VERSION = 1
-_CHUNK = 512
-_SHOWN_FAULTS = 20
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of records and the folder its image paths start from."""
+    """Files of records of one format, and how they are treated.
 
-    path: Path
-    image_root: Path
+    Attributes:
+        name: what reports call it.
+        files: the files, in order.
+        format: a row of FORMATS, or "auto".
+        encoder: tokenizer and template of this source.
+        media: where its pictures are and what they may be.
+        verify: how closely pictures are looked at (`llava_train.data.images.LEVELS`).
+        policy: "error": a record that cannot be used ends `prepare`; "skip": it is left out and counted.
+        max_skipped: largest share of records that "skip" may leave out.
+        duplicates: which doubles are faults: the same "id", the same "content", or none ("allow").
+        aspect_ratio: how its pictures are brought to the encoder's shape; None: as the recipe's `model` says.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    encoder: Encoder
+    media: Media
     format: str = "auto"
-
-
-@dataclass(frozen=True)
-class PreparedSet:
-    """A prepared set on disk. Rows: `id, place, source, images, input_ids, labels, length, supervised`."""
-
-    folder: Path
-    info: dict[str, Any]
-
-    @cached_property
-    def table(self) -> Any:
-        """The memory-mapped `datasets.Dataset`."""
-        from datasets import Dataset
-
-        return Dataset.from_file(str(self.folder / "data.arrow"))
-
-    def __len__(self) -> int:
-        return int(self.info["samples"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything this set was made from."""
-        return str(self.info["fingerprint"])
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample, (samples,)."""
-        return self.table.data.column("length").to_numpy()
-
-    @cached_property
-    def supervised(self) -> np.ndarray:
-        """Positions that carry loss of each sample, (samples,)."""
-        return self.table.data.column("supervised").to_numpy()
-
-    def image_root(self, source: int) -> Path:
-        """The image root of a row's `source`."""
-        return Path(self.info["sources"][source]["image_root"])
+    verify: str = "header"
+    policy: Literal["error", "skip"] = "error"
+    max_skipped: float = 0.001
+    duplicates: Literal["id", "content", "allow"] = "id"
+    aspect_ratio: str | None = None
 
 
 def prepare_set(
-    sources: Sequence[Source], encoder: Encoder, image_settings: dict[str, Any], cache_dir: Path, name: str
+    sources: Sequence[Source], cache_dir: Path, name: str, workers: int = 0, rebuild: bool = False
 ) -> PreparedSet:
-    """The prepared set of `sources`, from the cache if it was made before.
+    """The prepared set of `sources`, from the cache if it was made before (unless `rebuild`).
 
-    Raises DataError that lists all faults of all records (the first 20 in full, the rest counted).
+    `workers` processes share the work (0: one a core). Raises DataError that lists the faults by cause: those
+    that no policy may skip, all of a source whose policy is "error", or more than `max_skipped` of one.
     """
-    inputs = _fingerprint_inputs(sources, encoder, image_settings)
+    for source in sources:
+        _check_places(source)
+    identities = Identities(cache_dir / "files.json")
+    digests = {file: identities.of(file) for source in sources for file in source.files}
+    inputs = {"version": _VERSION, "sources": [_described(source, digests) for source in sources]}
     fingerprint = sha256_json(inputs)[:16]
     folder = cache_dir / fingerprint
-    if (folder / "prepared.json").exists():
+    if (folder / "prepared.json").exists() and not rebuild:
         return PreparedSet(folder, read_json(folder / "prepared.json"))
-    size = sum(source.path.stat().st_size for source in sources)
-    ensure_space(cache_dir, 6 * size, "the prepared set (about 6 bytes a byte of JSON)")
+    size = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file) and _is_text(file))
+    ensure_space(cache_dir, 3 * size, "the prepared set (about 3 bytes a byte of JSON)")
+    identities.save()
+    sources = [replace(source, format=find_format(source.files[0], source.format)) for source in sources]
+    tasks = _tasks(sources, digests)
     with atomic_folder(folder) as temporary:
-        statistics = _write(temporary / "data.arrow", sources, encoder, name)
-        info = {"fingerprint": fingerprint, **statistics, **inputs}
+        log = FaultLog(sources, temporary / "skipped.jsonl")
+        made = _make(tasks, sources, cache_dir, log, name, workers, rebuild)
+        info = {
+            "fingerprint": fingerprint,
+            "image_token_id": sources[0].encoder.image_token_id,
+            "dropped": [],
+            "sources": [_source_info(source, outcomes) for source, outcomes in zip(sources, made)],
+            "inputs": inputs,
+        }
+        if sum(log.kept):
+            info["dropped"] = find_doubles(PreparedSet(folder, info), sources, log)
+        log.judge(cache_dir / "faults.jsonl")
+        if not sum(log.kept):
+            raise DataError(f"{', '.join(source.name for source in sources)}: holds no record that can be used")
+        _complete(folder, info, log)
         write_json(temporary / "prepared.json", info)
     return PreparedSet(folder, info)
 
 
-def _fingerprint_inputs(sources: Sequence[Source], encoder: Encoder, images: dict[str, Any]) -> dict[str, Any]:
-    described = []
-    for source in sources:
-        if not source.path.is_file():
-            raise DataError(f"{source.path}: no such file")
-        if not source.image_root.is_dir():
-            raise DataError(f"{source.image_root}: no such image root (of {source.path})")
-        described.append(
-            {
-                "path": str(source.path.absolute()),
-                "sha256": sha256_file(source.path),
-                "image_root": str(source.image_root.absolute()),
-                "format": source.format,
-            }
-        )
-    backend = encoder.tokenizer.backend_tokenizer.to_str()
+def _complete(folder: Path, info: dict[str, Any], log: FaultLog) -> None:
+    """Add to `info` what is known when every record was read: counts, composition, lengths."""
+    found = statistics(PreparedSet(folder, info))
+    for number, (source, counted) in enumerate(zip(info["sources"], found.pop("by_source"))):
+        source.update({**log.counts(number), **counted})
+    info.update({"samples": sum(log.kept), "read": log.read, "skipped": log.faulty, **found})
+
+
+def _check_places(source: Source) -> None:
+    for file in source.files:
+        if not is_remote(file) and not Path(file).is_file():
+            raise DataError(f"{file}: no such file")
+    if not source.media.root.is_dir():
+        raise DataError(f"{source.media.root}: no such image root (of {source.name})")
+
+
+def _is_text(file: str) -> bool:
+    return not CONTAINERS[detect_container(file)].binary
+
+
+def _described(source: Source, digests: dict[str, str]) -> dict[str, Any]:
+    """Everything of a source that shapes its rows, for the fingerprint."""
+    return {
+        "files": [[file, digests[file]] for file in source.files],
+        "policy": source.policy,
+        "duplicates": source.duplicates,
+        **_shaping(source),
+    }
+
+
+def _shaping(source: Source) -> dict[str, Any]:
+    encoder = source.encoder
     return {
         "version": _VERSION,
-        "sources": described,
-        "tokenizer": sha256_json([backend, encoder.tokenizer.special_tokens_map]),
+        "format": source.format,
+        "verify": source.verify,
+        "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
+        "tokenizer": sha256_json([encoder.tokenizer.backend_tokenizer.to_str(), encoder.tokenizer.special_tokens_map]),
         "template": sha256_json(encoder.template),
         "image_tokens": encoder.image_tokens,
         "max_length": encoder.max_length,
-        "images": images,
     }
 
 
-def _write(path: Path, sources: Sequence[Source], encoder: Encoder, name: str) -> dict[str, Any]:
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    features = Features(
-        {
-            "id": Value("string"),
-            "place": Value("string"),
-            "source": Value("int32"),
-            "images": List(Value("string")),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "length": Value("int32"),
-            "supervised": Value("int32"),
-        }
-    )
-    faults: list[DataError] = []
-    lengths: list[int] = []
-    truncated = 0
-    with ArrowWriter(path=str(path), features=features) as writer:
-        progress = tqdm(_rows(sources, encoder), desc=f"prepare {name}", unit=" records", delay=2)
-        for row in progress:
-            if isinstance(row, DataError):
-                faults.append(row)
-                continue
-            truncated += row.pop("truncated") > 0
-            lengths.append(row["length"])
-            writer.write(row)
-        if lengths:
-            writer.finalize()
-    if faults:
-        raise _fault_list(faults, len(faults) + len(lengths))
-    return {
-        "samples": len(lengths),
-        "tokens": sum(lengths),
-        "longest": max(lengths),
-        "mean_length": sum(lengths) / len(lengths),
-        "truncated_samples": truncated,
-    }
-
-
-def _rows(sources: Sequence[Source], encoder: Encoder) -> Iterator[dict[str, Any] | DataError]:
+def _tasks(sources: Sequence[Source], digests: dict[str, str]) -> Iterator[PieceTask]:
     for number, source in enumerate(sources):
-        checked: set[str] = set()
-        samples = read_samples(source.path, source.format)
-        while chunk := list(itertools.islice(samples, _CHUNK)):
-            good: list[Sample] = []
-            for sample in chunk:
-                fault = sample if isinstance(sample, DataError) else _image_fault(sample, source, checked)
-                if fault:
-                    yield fault
-                elif isinstance(sample, Sample):
-                    good.append(sample)
-            for sample, encoded in zip(good, encode_many(good, encoder)):
-                yield encoded if isinstance(encoded, DataError) else _row(sample, encoded, number)
+        shaping = sha256_json(_shaping(source))
+        for file in source.files:
+            container = CONTAINERS[detect_container(file)]
+            for piece in container.cut(file):
+                yield PieceTask(number, piece, _key(piece, shaping, digests[file] if container.binary else ""))
 
 
-def _image_fault(sample: Sample, source: Source, checked: set[str]) -> DataError | None:
-    for image in sample.images:
-        if image.path in checked:
-            continue
-        try:
-            check_image(source.image_root, image.path)
-        except DataError as error:
-            return DataError(f"{sample.where}: {error}")
-        checked.add(image.path)
-    return None
+def _key(piece: Piece, shaping: str, digest: str) -> str:
+    text = piece.text.encode(errors="surrogateescape").hex() if piece.tail else piece.text
+    return sha256_json([shaping, digest, piece.path, piece.first, piece.count, piece.tail, text])[:32]
 
 
-def _row(sample: Sample, encoded: Encoded, source: int) -> dict[str, Any]:
+def _make(
+    tasks: Iterator[PieceTask],
+    sources: Sequence[Source],
+    cache_dir: Path,
+    log: FaultLog,
+    name: str,
+    workers: int,
+    rebuild: bool,
+) -> list[list[tuple[Piece, Outcome]]]:
+    """Run all pieces; the outcomes of each source in the order of its records."""
+    pieces = cache_dir / PIECES
+    pieces.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(s.format, s.encoder, s.media, s.verify) for s in sources]
+    made: list[list[tuple[Piece, Outcome]]] = [[] for _ in sources]
+    total = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file))
+    with tqdm(desc=f"prepare {name}", total=total or None, unit="B", unit_scale=True, delay=2) as bar:
+        known = (lambda key: None) if rebuild else (lambda key: known_outcome(pieces, key))
+        for task, outcome in run_pieces(tasks, jobs, pieces, known, workers):
+            log.add(task.source, task.piece.path, outcome)
+            made[task.source].append((replace(task.piece, text=""), replace(outcome, faults=[])))
+            bar.update(task.piece.size)
+            bar.set_postfix_str(f"{log.read:,} records, {log.faulty:,} faults", refresh=False)
+    return made
+
+
+def _source_info(source: Source, outcomes: list[tuple[Piece, Outcome]]) -> dict[str, Any]:
+    notes: Counter[str] = sum((outcome.notes for _, outcome in outcomes), start=Counter())
     return {
-        "id": sample.id,
-        "place": sample.place,
-        "source": source,
-        "images": [image.path for image in sample.images],
-        "input_ids": encoded.input_ids,
-        "labels": encoded.labels,
-        "length": len(encoded.input_ids),
-        "supervised": sum(label != IGNORE for label in encoded.labels[1:]),
-        "truncated": encoded.truncated,
+        "name": source.name,
+        "format": source.format,
+        "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
+        "aspect_ratio": source.aspect_ratio,
+        "notes": dict(notes),
+        "pieces": [{"path": piece.path, "key": outcome.key, "kept": outcome.kept} for piece, outcome in outcomes],
     }
-
-
-def _fault_list(faults: list[DataError], records: int) -> DataError:
-    shown = [f"  {fault}" for fault in faults[:_SHOWN_FAULTS]]
-    if len(faults) > _SHOWN_FAULTS:
-        shown.append(f"  ... and {len(faults) - _SHOWN_FAULTS} more")
-    return DataError(f"{len(faults)} of {records} records cannot be used\n" + "\n".join(shown))

@@ -12,6 +12,8 @@ from typing import Literal
 
 from llava_train.errors import RecordError
 
+IMAGE_MARKER = "<image>"
+"""How a picture is spelled in text: in records, in templates, in prompts."""
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["file", "span", "cell", "frame", "blob", "bytes", "url"]
 
@@ -26,9 +28,11 @@ class ImageRef:
     frame  frame `at` of `size` frames taken evenly from the video `path` below the image root
     blob   `size` bytes from byte `at` of the file `path` beside the prepared set
     bytes  `data` itself, as a record brought it (a data URL); becomes a blob when it is prepared
-    url    `path` on the web; fetched when it is prepared, where the recipe allows it, and becomes a blob
+    url    `path` as a URL: file:// becomes a file; http(s) is fetched when it is prepared, where the recipe
+           allows it, and becomes a blob
 
-    Only `file`, `frame` and `url` take their path from a record; the others from the source itself.
+    Only `file`, `frame` and `url` take their path from a record; the others from the source itself. A `frame` of
+    size 0 stands for the whole video until the number of frames is settled.
     """
 
     path: str

@@ -12,9 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_train.data.batch import ImageReader
-from llava_train.data.formats import read_samples
-from llava_train.data.sample import Sample
-from llava_train.errors import DataError
+from llava_train.data.media import Media, name_of
+from llava_train.data.reading import read_samples
+from llava_train.data.sample import ImageRef, Sample
+from llava_train.errors import RecordError
 from llava_train.evaluation.metrics import constant_accuracy, exact_match, normalize
 from llava_train.inference import Prompt, answer, message
 from llava_train.model.assemble import Assembly
@@ -53,13 +54,13 @@ def evaluate(
         DataError: a record or image that cannot be used, named.
     """
     assembly = model if isinstance(model, Assembly) else load_model(model)
-    samples = _samples(Path(data), limit)
-    root = Path(image_root) if image_root is not None else Path(data).parent
-    images = [[image.path for image in sample.images] for sample in samples]
+    media = Media(Path(image_root) if image_root is not None else Path(data).parent)
+    samples = _samples(str(data), media, limit)
+    images = [sample.images for sample in samples]
     if shuffle_images:
         images = _shuffled(images)
     started = time.perf_counter()
-    answers = _ask(assembly, samples, images, root, batch_size, max_new_tokens)
+    answers = _ask(assembly, samples, images, media, batch_size, max_new_tokens)
     truths = [sample.turns[-1].text for sample in samples]
     questions = [_question(sample) for sample in samples]
     figures = {
@@ -76,17 +77,17 @@ def evaluate(
             "answer": given,
             "truth": truth,
             "correct": normalize(given) == normalize(truth),
-            "image": str(root / paths[0]) if paths else None,
+            "image": name_of(shown[0], media) if shown else None,
         }
-        for sample, question, given, truth, paths in zip(samples, questions, answers, truths, images)
+        for sample, question, given, truth, shown in zip(samples, questions, answers, truths, images)
     ]
     return Evaluation(figures, rows)
 
 
-def _samples(path: Path, limit: int | None) -> list[Sample]:
+def _samples(path: str, media: Media, limit: int | None) -> list[Sample]:
     samples: list[Sample] = []
-    for sample in read_samples(path):
-        if isinstance(sample, DataError):
+    for sample in read_samples(path, media):
+        if isinstance(sample, RecordError):
             raise sample
         samples.append(sample)
         if limit is not None and len(samples) == limit:
@@ -94,11 +95,11 @@ def _samples(path: Path, limit: int | None) -> list[Sample]:
     return samples
 
 
-def _shuffled(images: list[list[str]]) -> list[list[str]]:
+def _shuffled(images: list[tuple[ImageRef, ...]]) -> list[tuple[ImageRef, ...]]:
     """Pictures dealt anew among the records that have as many."""
     shuffled = list(images)
-    for count in {len(paths) for paths in images}:
-        places = [index for index, paths in enumerate(images) if len(paths) == count]
+    for count in {len(shown) for shown in images}:
+        places = [index for index, shown in enumerate(images) if len(shown) == count]
         dealt = places.copy()
         random.Random(0).shuffle(dealt)
         for place, source in zip(places, dealt):
@@ -113,8 +114,8 @@ def _question(sample: Sample) -> str:
 def _ask(
     assembly: Assembly,
     samples: Sequence[Sample],
-    images: Sequence[Sequence[str]],
-    root: Path,
+    images: Sequence[Sequence[ImageRef]],
+    media: Media,
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
@@ -126,7 +127,7 @@ def _ask(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             prompts = [
-                Prompt(_messages(samples[i]), tuple(reader.read(root, path) for path in images[i])) for i in chosen
+                Prompt(_messages(samples[i]), tuple(reader.read(ref, media) for ref in images[i])) for i in chosen
             ]
             for index, text in zip(chosen, answer(assembly, prompts, max_new_tokens)):
                 answers[index] = text

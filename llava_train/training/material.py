@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
-from llava_train.data.plan import MicroBatch, Plan
-from llava_train.data.prepare import PreparedSet, Source, prepare_set
+from llava_train.data.hub import hub_files
+from llava_train.data.media import Media
+from llava_train.data.mixture import Mixture, Share, mix
+from llava_train.data.plan import MicroBatch, Plan, padding_share
+from llava_train.data.prepare import Source, prepare_set
+from llava_train.data.prepared import PreparedSet
 from llava_train.data.template import load_template
 from llava_train.errors import DataError, RecipeError
 from llava_train.model.assemble import Assembly
@@ -22,40 +26,78 @@ from llava_train.model.encoders import load_vision_config, vision_shape
 from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.spec import MANIFEST, read_spec
 from llava_train.recipe import Recipe, SourceSettings
+from llava_train.storage import expand_paths, is_remote
 from llava_train.training.engine import Engine
 from llava_train.training.loop import Course
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a recipe reads: the training set and, where it holds some out, the validation set."""
+    """What a recipe reads: the training set with its mixture and, where it holds some out, the validation set."""
 
     train: PreparedSet
     validation: PreparedSet | None
-    train_rows: tuple[int, ...]
-    validation_rows: tuple[int, ...]
+    mixture: Mixture
+    validation_rows: np.ndarray
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Rows that an epoch draws from, each once."""
+        return np.concatenate([part.rows for part in self.mixture.parts])
 
 
-def encoder_of(recipe: Recipe) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of a recipe and its image settings, from configurations and tokenizer alone."""
+def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a recipe and its tokens an image, from configurations alone."""
     if recipe.init_from:
         folder = model_folder(recipe.init_from)
         if (folder / MANIFEST).is_file():
-            spec, tokenizer = read_spec(folder), load_tokenizer(str(folder))
-        else:
-            stock = load_stock(folder)
-            spec, tokenizer = stock.spec, stock.tokenizer
-        image_tokens, size = spec.image_tokens, spec.image_size
+            return load_tokenizer(str(folder)), read_spec(folder).image_tokens
+        stock = load_stock(folder)
+        return stock.tokenizer, stock.spec.image_tokens
+    model = recipe.model
+    shape = vision_shape(load_vision_config(model.vision, model.vision_revision), model.image_size)
+    tokenizer = load_tokenizer(model.llm, model.llm_revision, model.trust_remote_code)
+    add_image_token(tokenizer)
+    positions = shape.tokens(model.vision_feature_select_strategy)
+    return tokenizer, connector_tokens(model.connector, positions, model.connector_options)
+
+
+def sources_of(recipe: Recipe, part: str = "train") -> list[Source]:
+    """The sources under `data.train` or `data.validation`, each with its encoder; their files are looked up."""
+    tokenizer, image_tokens = tokens_of(recipe)
+    encoders: dict[str, Encoder] = {}
+    sources = []
+    for settings in getattr(recipe.data, part):
+        name = settings.template or recipe.data.template
+        if name not in encoders:
+            template = load_template(name, tokenizer.chat_template)
+            encoders[name] = Encoder(tokenizer, template, image_tokens, recipe.data.max_length)
+        sources.append(_source(settings, encoders[name], recipe))
+    return sources
+
+
+def _source(settings: SourceSettings, encoder: Encoder, recipe: Recipe) -> Source:
+    if settings.hub:
+        name, root = settings.hub, Path(settings.image_root or ".")
+        files = hub_files(settings.hub, settings.subset, settings.split)
     else:
-        model = recipe.model
-        shape = vision_shape(load_vision_config(model.vision, model.vision_revision), model.image_size)
-        tokenizer = load_tokenizer(model.llm, model.llm_revision, model.trust_remote_code)
-        add_image_token(tokenizer)
-        positions = shape.tokens(model.vision_feature_select_strategy)
-        image_tokens, size = connector_tokens(model.connector, positions, model.connector_options), shape.image_size
-    template = load_template(recipe.data.template, tokenizer.chat_template)
-    settings = {"size": size, "exif_orientation": recipe.data.exif_orientation}
-    return Encoder(tokenizer, template, image_tokens, recipe.data.max_length), settings
+        name = str(settings.path)
+        files = expand_paths(name)
+        beside = "." if is_remote(files[0]) else str(Path(files[0]).parent)
+        root = Path(settings.image_root if settings.image_root is not None else beside)
+    turned = recipe.data.exif_orientation if settings.exif_orientation is None else settings.exif_orientation
+    return Source(
+        settings.name or name,
+        tuple(files),
+        encoder,
+        Media(root, settings.allow_links, settings.allow_http, turned, settings.video_frames),
+        settings.format,
+        settings.verify,
+        settings.policy,
+        settings.max_skipped,
+        settings.duplicates,
+        settings.image_aspect_ratio,
+    )
 
 
 def prepare_in_turn(recipe: Recipe, engine: Engine) -> Prepared:
@@ -66,39 +108,43 @@ def prepare_in_turn(recipe: Recipe, engine: Engine) -> Prepared:
     return prepare(recipe)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
     """Make (or find) the prepared sets of a recipe, without loading any weights."""
-    encoder, images = encoder_of(recipe)
     if not recipe.data.train:
         raise RecipeError("data.train: names no source of training data")
-    cache = Path(recipe.data.cache_dir)
-    train_set = prepare_set(_sources(recipe.data.train), encoder, images, cache, "train")
-    rows = tuple(range(len(train_set)))
+    cache, workers = Path(recipe.data.cache_dir), recipe.data.prepare_workers
+    train_set = prepare_set(sources_of(recipe), cache, "train", workers, rebuild)
+    rows = [train_set.rows_of_source(number) for number in range(len(recipe.data.train))]
+    shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
     if recipe.data.validation:
-        held_out = prepare_set(_sources(recipe.data.validation), encoder, images, cache, "validation")
-        return Prepared(train_set, held_out, rows, tuple(range(len(held_out))))
-    count = round(recipe.data.validation_fraction * len(rows))
-    if recipe.data.validation_fraction and not 0 < count < len(rows):
-        raise DataError(
-            f"data.validation_fraction: {recipe.data.validation_fraction} of {len(rows)} samples is {count}"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held, kept = tuple(sorted(order[:count])), tuple(sorted(order[count:]))
-    return Prepared(train_set, train_set if count else None, kept, held)
+        held_out = prepare_set(sources_of(recipe, "validation"), cache, "validation", workers, rebuild)
+        return Prepared(train_set, held_out, mix(rows, shares, recipe.seed), np.arange(len(held_out)))
+    kept, held = _hold_out(rows, recipe.data.validation_fraction, recipe.seed)
+    return Prepared(train_set, train_set if len(held) else None, mix(kept, shares, recipe.seed), held)
 
 
-def _sources(settings: list[SourceSettings]) -> list[Source]:
-    return [
-        Source(Path(s.path), Path(s.image_root) if s.image_root is not None else Path(s.path).parent, s.format)
-        for s in settings
-    ]
+def _hold_out(rows: list[np.ndarray], fraction: float, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Take `fraction` of each source's rows out, by chance: what is left of each, and what was taken of all."""
+    if not fraction:
+        return rows, np.array([], dtype=int)
+    kept, held = [], []
+    for number, part in enumerate(rows):
+        order = np.random.default_rng((seed, number, 3)).permutation(part)
+        count = round(fraction * len(part))
+        held.append(np.sort(order[:count]))
+        kept.append(np.sort(order[count:]))
+    taken = np.concatenate(held)
+    if not len(taken) or any(not len(part) for part in kept):
+        total = sum(map(len, rows))
+        raise DataError(f"data.validation_fraction: {fraction} of {total} samples is {len(taken)}")
+    return kept, taken
 
 
 def plan_of(recipe: Recipe, prepared: Prepared) -> Plan:
-    """The order of a run: a function of the training set's size and the recipe."""
+    """The order of a run: a function of the training set's mixture and the recipe."""
     optimization = recipe.optimization
     return Plan.of(
-        len(prepared.train_rows),
+        prepared.mixture,
         optimization.global_batch_size,
         optimization.epochs,
         optimization.max_steps,
@@ -106,24 +152,35 @@ def plan_of(recipe: Recipe, prepared: Prepared) -> Plan:
     )
 
 
+def padding_of(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
+    """Share of positions that are padding: steps cut as they come (`random`), as dealt (`planned`), the difference."""
+    shares = padding_share(
+        plan_of(recipe, prepared),
+        prepared.train.lengths,
+        prepared.train.supervised,
+        recipe.optimization.micro_batch_size,
+    )
+    return {**shares, "avoided": shares["random"] - shares["planned"]}
+
+
 def course_of(recipe: Recipe, assembly: Assembly, prepared: Prepared, engine: Engine, first_step: int) -> Course:
     """The plan of a run with its batches from `first_step` on, for this rank."""
     plan = plan_of(recipe, prepared)
     pad_id = int(assembly.tokenizer.pad_token_id)
-    images = ImageReader(assembly.image_processor, recipe.data.exif_orientation)
+    images = ImageReader(assembly.image_processor)
     micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
     reader = BatchReader(prepared.train, images, pad_id)
-    dataset = StepDataset(reader, plan, prepared.train_rows, (engine.rank, engine.world_size), micro)
+    dataset = StepDataset(reader, plan, (engine.rank, engine.world_size), micro)
     steps = load_steps(dataset, first_step, recipe.data.num_workers)
     if prepared.validation is None:
         return Course(plan, steps, None)
     held_out = BatchReader(prepared.validation, images, pad_id)
-    mine = prepared.validation_rows[engine.rank :: engine.world_size]
+    mine = prepared.validation_rows[engine.rank :: engine.world_size].tolist()
 
     def validation() -> Iterator[Batch]:
         size = recipe.optimization.micro_batch_size
         for start in range(0, len(mine), size):
-            rows = mine[start : start + size]
+            rows = tuple(mine[start : start + size])
             yield held_out(MicroBatch(rows, (0.0,) * len(rows)))
 
     return Course(plan, steps, validation)

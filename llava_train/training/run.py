@@ -140,7 +140,7 @@ def _announce(recipe: Recipe, engine: Any, assembly: Assembly, groups: list[Any]
     say(tuning_table(assembly.model, recipe.tune, groups))
     say(f"engine: {engine.description}")
     say(
-        f"data: {len(data.train_rows):,} samples to train on, {len(data.validation_rows):,} held out, "
+        f"data: {data.mixture.size:,} samples an epoch, {len(data.validation_rows):,} held out, "
         f"{info['mean_length']:.0f} tokens on average, {info['longest']} at most, "
         f"{info['truncated_samples']:,} truncated; {assembly.spec.image_tokens} tokens an image"
     )
@@ -159,9 +159,10 @@ def _identity(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     values = recipe.to_dict()
     for free in ("name", "output", "engine", "checkpoint", "monitor"):
         values.pop(free)
-    for free in ("cache_dir", "num_workers", "train", "validation"):
+    for free in ("cache_dir", "prepare_workers", "num_workers", "train", "validation"):
         values["data"].pop(free)
     values["data.train"] = prepared.train.fingerprint
+    values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
     values["data.validation"] = prepared.validation.fingerprint if prepared.validation else None
     flat = _flatten(values)
     return {"recipe_sha256": sha256_json(flat), **flat}
