@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from llava_train.data.images import pixel_values
-from llava_train.data.template import portable
+from llava_train.data.template import has_marks, portable
+from llava_train.data.template_fit import stop_token
 from llava_train.errors import DataError
 from llava_train.model.assemble import Assembly
 from llava_train.model.llm import IMAGE_TOKEN
@@ -61,9 +62,9 @@ def prompt_ids(assembly: Assembly, prompt: Prompt) -> list[int]:
     if places != len(prompt.pixels):
         raise DataError(f"the prompt has {places} places for pictures, {len(prompt.pixels)} were given")
     expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * assembly.spec.image_tokens)
-    tokenizer = assembly.tokenizer
-    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    return tokenizer(expanded, add_special_tokens=not begun)["input_ids"]
+    # The template writes whatever begins a prompt, as it does in training.
+    ids: list[int] = assembly.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def batch_inputs(assembly: Assembly, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
@@ -115,13 +116,21 @@ def stream(assembly: Assembly, prompt: Prompt, max_new_tokens: int, temperature:
 
 def _options(assembly: Assembly, max_new_tokens: int, temperature: float) -> dict[str, Any]:
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    stops = {assembly.tokenizer.eos_token_id, *_ids(assembly.model.generation_config.eos_token_id)} - {None}
     return {
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": sorted(stops),
+        "eos_token_id": stop_ids(assembly),
         "pad_token_id": assembly.tokenizer.pad_token_id,
         **sampling,
     }
+
+
+def stop_ids(assembly: Assembly) -> list[int]:
+    """What ends an answer: the template's stop, the tokenizer's EOS, and what the LLM's own configuration says."""
+    tokenizer, stops = assembly.tokenizer, _ids(assembly.model.generation_config.eos_token_id)
+    stop = stop_token(assembly.template, tokenizer) if has_marks(assembly.template) else None
+    if stop is not None:
+        stops = [*stops, tokenizer.convert_tokens_to_ids(stop)]
+    return sorted({*stops, tokenizer.eos_token_id} - {None})
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

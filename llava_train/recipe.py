@@ -71,7 +71,7 @@ class SourceSettings:
 class DataSettings:
     """What is trained on, and how a record becomes tokens. `prepare_workers` 0 is one a core."""
 
-    template: str = "vicuna_v1"
+    template: str = "auto"
     train: list[SourceSettings] = field(default_factory=list)
     validation: list[SourceSettings] = field(default_factory=list)
     validation_fraction: float = 0.0

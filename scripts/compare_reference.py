@@ -15,8 +15,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -35,6 +36,15 @@ from llava_train.training.objective import Objective
 ORIGINAL_IMAGE = -200
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
+
+
+class Tokenised(NamedTuple):
+    """One record of the reference, as `collate` takes it."""
+
+    id: str
+    place: str
+    input_ids: np.ndarray
+    labels: np.ndarray
 
 
 def build(folder: Path, expected: dict[str, Any]) -> Objective:
@@ -61,7 +71,7 @@ def _renamed(key: str, names: dict[str, str]) -> str:
     return f"{names[layer]}.{kind}"
 
 
-def rows(folder: Path, records: list[dict[str, Any]], objective: Objective) -> tuple[list[dict[str, Any]], list[Any]]:
+def rows(folder: Path, records: list[dict[str, Any]], objective: Objective) -> tuple[list[Tokenised], list[Any]]:
     """Prepared rows (each -200 expanded to the image's tokens) and each record's pixels or None."""
     config = objective.model.config
     processor = build_image_processor(str(folder / "vision"), "pad", config.vision_config.image_size)
@@ -74,15 +84,15 @@ def rows(folder: Path, records: list[dict[str, Any]], objective: Objective) -> t
             repeat = config.image_seq_length if token == ORIGINAL_IMAGE else 1
             ids += [config.image_token_id if token == ORIGINAL_IMAGE else token] * repeat
             labels += [IGNORE if token == ORIGINAL_IMAGE else label] * repeat
-        made.append({"id": record["id"], "place": "", "input_ids": ids, "labels": labels, "length": len(ids)})
+        made.append(Tokenised(record["id"], "reference", np.array(ids), np.array(labels)))
         name = images[record["id"]]
         pixels.append(pixel_values([open_image(folder / "images", name)], processor)[0] if name else None)
     return made, pixels
 
 
-def batch_of(made: list[dict[str, Any]], pixels: list[Any]) -> Batch:
+def batch_of(made: list[Tokenised], pixels: list[Any]) -> Batch:
     """One right-padded batch in which every supervised token counts alike."""
-    supervised = sum(label != IGNORE for row in made for label in row["labels"][1:])
+    supervised = sum(int((row.labels[1:] != IGNORE).sum()) for row in made)
     return collate(made, [1.0 / supervised] * len(made), [p for p in pixels if p is not None], pad_id=0)
 
 

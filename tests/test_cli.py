@@ -100,7 +100,7 @@ WRONG = {
     "a typo": "typo.yaml:1: sed: unknown key; did you mean 'seed'?",
     "an override": "override sed: sed: unknown key",
     "no data": "nowhere.json: no such file",
-    "an empty file": "empty.json:1:1: not JSON",
+    "an empty file": "empty.json: holds no record",
     "no turns": "turns.json[0] (id a): has no turns",
     "no image": "not.png: not a readable image",
     "inspect no turns": "has no turns",

@@ -5,10 +5,11 @@ Shapes: B samples, T tokens (the longest of the batch), I images, 3 x H x W pixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,8 +81,21 @@ class ImageReader:
         return self._shaped[aspect_ratio]
 
 
-def collate(rows: list[Row], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
-    """Rows of a prepared set as right-padded tensors."""
+class Tokens(Protocol):
+    """What `collate` needs of a row: both arrays (tokens,) int64, and what messages call it."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def place(self) -> str: ...  # noqa: D102
+    @property
+    def input_ids(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def labels(self) -> np.ndarray: ...  # noqa: D102
+
+
+def collate(rows: Sequence[Tokens], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
+    """Rows as right-padded tensors."""
     length = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)

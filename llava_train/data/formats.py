@@ -6,14 +6,13 @@ Whatever a picture is in the record (a path, a URL, a cell of a table, bytes), h
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_train.data.sample import IMAGE_MARKER, ImageRef, Role, Sample, Turn
+from llava_train.data.references import IMAGE_KEYS, pictures_of, videos_of
+from llava_train.data.sample import ImageRef, Sample, shown
+from llava_train.data.turns import asked, conversation, held, text_of, turn_list, where_of
 from llava_train.errors import DataError, RecordError
 from llava_train.registry import Registry
 
@@ -30,17 +29,6 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry("data format")
-VIDEO_MARKER = "<video>"
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-}
-_MARKER = re.compile(f"{IMAGE_MARKER}|{VIDEO_MARKER}")
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
 def format_row(name: str, title: str, matches: Callable[[dict[str, Any]], bool]) -> Callable[[Parse], Parse]:
@@ -53,18 +41,27 @@ def format_row(name: str, title: str, matches: Callable[[dict[str, Any]], bool])
     return add
 
 
+def _recognised(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return None
+    return next((name for name in FORMATS if FORMATS[name].matches(record)), None)
+
+
 def detect(record: Any, place: str) -> str:
     """The format of a file by its first record; DataError lists what is known."""
-    if isinstance(record, dict):
-        for name in FORMATS:
-            if FORMATS[name].matches(record):
-                return name
-    keys = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
-    raise DataError(f"{place}: format not recognised (found {keys}); known formats: {', '.join(FORMATS)}")
+    name = _recognised(record)
+    if name is None:
+        keys = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
+        found = shown(keys) or "no keys"
+        raise DataError(f"{place}: format not recognised (found {found}); known formats: {', '.join(FORMATS)}")
+    return name
 
 
 def parse_record(name: str, record: Any, place: str) -> Sample:
-    """The Sample of a record; RecordError says what is wrong with it, whatever it is."""
+    """The Sample of a record; RecordError says what is wrong with it, whatever it is.
+
+    A record that cannot be read as `name` and shows that it is of another format is "wrong_format".
+    """
     if isinstance(record, RecordError):
         raise record
     if not isinstance(record, dict):
@@ -74,21 +71,37 @@ def parse_record(name: str, record: Any, place: str) -> Sample:
             raise value
     try:
         return FORMATS[name].parse(record, place)
-    except RecordError:
-        raise
     except Exception as error:  # a record may hold anything anywhere; none of it may end the run
-        raise RecordError(
-            f"{place}: cannot be read as {name} ({type(error).__name__}: {error})", "malformed"
-        ) from error
+        raise _fault(name, record, place, error) from error
 
 
-def _has_list(record: dict[str, Any], key: str) -> bool:
-    return isinstance(record.get(key), list)
+def _fault(name: str, record: dict[str, Any], place: str, error: Exception) -> RecordError:
+    other = None if FORMATS[name].matches(record) else _recognised(record)
+    if other:
+        message = f"{place}: cannot be read as {name}: it looks like {other}, {FORMATS[other].title}"
+        return RecordError(message, "wrong_format")
+    if isinstance(error, RecordError):
+        return error
+    if isinstance(error, KeyError):
+        return RecordError(f"{place}: cannot be read as {name}: it has no {error}", "missing_key")
+    told = shown(f"{type(error).__name__}: {error}")
+    return RecordError(f"{place}: cannot be read as {name} ({told})", "malformed")
 
 
 def _first(record: dict[str, Any], key: str) -> dict[str, Any]:
-    turns = record.get(key)
+    turns = turn_list(record.get(key))
     return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+
+
+def _has_role(record: dict[str, Any], key: str) -> bool:
+    return _first(record, key).get("role") is not None
+
+
+def _has_parts(turns: Any) -> bool:
+    turns = turn_list(turns)
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns
+    )
 
 
 @format_row(
@@ -97,44 +110,48 @@ def _first(record: dict[str, Any], key: str) -> dict[str, Any]:
     lambda record: "chosen" in record and "rejected" in record,
 )
 def parse_preference(record: dict[str, Any], place: str) -> Sample:
-    """`{"chosen", "rejected"}` as two answers or two conversations that differ in the last answer.
+    """`{"chosen", "rejected"}` as two answers, or as two conversations that differ in the last answer.
 
-    The question stands in `prompt`, `question` or `conversations`, or in both conversations alike
-    (the layouts of RLAIF-V, LLaVA-Hound, LLaMA-Factory and TRL).
+    The question stands in `conversations`, `messages`, `prompt`, `question` or `instruction` (and `input`), or in
+    both conversations alike: the layouts of LLaMA-Factory, TRL, LLaVA-Hound and RLAIF-V. Pictures without any
+    marker open the first question.
     """
-    where, identity = _where(record, place)
-    chosen, rejected = _answer(record["chosen"], where), _answer(record["rejected"], where)
-    before: list[Any] = []
-    for key in ("conversations", "messages", "prompt", "question"):
-        if record.get(key):
-            value = record[key]
-            before = value if isinstance(value, list) else [{"role": "user", "content": value}]
-            break
+    where, _ = where_of(record, place)
+    chosen, rejected = turn_list(record["chosen"]), turn_list(record["rejected"])
+    if isinstance(chosen, list) and len(chosen) > 1:
+        before = chosen[:-1]
+        if not isinstance(rejected, list) or before != rejected[:-1]:
+            raise RecordError(f"{where}: chosen and rejected differ before the last answer", "malformed")
     else:
-        if isinstance(record["chosen"], list):
-            before = record["chosen"][:-1]
-            if before != record["rejected"][:-1]:
-                raise RecordError(f"{where}: chosen and rejected differ before the last answer", "malformed")
-    turns = [*before, {"role": "assistant", "content": chosen}]
-    sample = _conversation(record, place, turns, loose_marker=True)
-    return Sample(identity, sample.turns, place, rejected)
+        before = _question(record, where)
+    answers = _answer(chosen, where), _answer(rejected, where)
+    turns = [*before, {"role": "assistant", "content": answers[0]}]
+    return replace(conversation(record, place, turns, loose_marker=True), rejected=answers[1])
+
+
+def _question(record: dict[str, Any], where: str) -> list[Any]:
+    value = turn_list(held(record, "conversations", "messages", "prompt", "question", "instruction"))
+    if isinstance(value, str):
+        more = record.get("input") if "instruction" in record else None
+        return [{"role": "user", "content": f"{value}\n{more}" if isinstance(more, str) and more else value}]
+    if not isinstance(value, list):
+        raise RecordError(f"{where}: has no question (conversations, prompt, question or instruction)", "missing_key")
+    return value
 
 
 def _answer(value: Any, where: str) -> str:
     last = value[-1] if isinstance(value, list) and value else value
     if isinstance(last, dict):
-        last = last.get("content", last.get("value"))
+        last = held(last, "content", "value")
     if isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict):
         last = last[0].get("text")
-    if not isinstance(last, str):
-        raise RecordError(f"{where}: an answer must be text", "not_text")
-    return last
+    return text_of(last, where)
 
 
 @format_row(
     "llava",
     "LLaVA conversations (from/value)",
-    lambda record: _has_list(record, "conversations") and "role" not in _first(record, "conversations"),
+    lambda record: isinstance(turn_list(record.get("conversations")), list) and not _has_role(record, "conversations"),
 )
 def parse_llava(record: dict[str, Any], place: str) -> Sample:
     """LLaVA JSON: `{"id", "image": "a.png" | [..], "conversations": [{"from", "value"}, ..]}`; `video` alike.
@@ -143,60 +160,28 @@ def parse_llava(record: dict[str, Any], place: str) -> Sample:
     question is dropped, and the `<image>` of a turn is moved to its front, followed by a newline.
     Several images in one turn stay where they stand.
     """
-    return _conversation(record, place, record.get("conversations"))
+    return conversation(record, place, record.get("conversations"))
 
 
 @format_row(
     "sharegpt",
     "ShareGPT conversations (role/content)",
     lambda record: (
-        "role" in _first(record, "conversations")
-        or ("role" in _first(record, "messages") and not any(map(_has_parts, record["messages"])))
+        _has_role(record, "conversations") or (_has_role(record, "messages") and not _has_parts(record["messages"]))
     ),
 )
 def parse_sharegpt(record: dict[str, Any], place: str) -> Sample:
     """`conversations` or `messages` of `{"role", "content"}`, `system` as a turn or a key, `images`, `videos`."""
-    return _conversation(record, place, record.get("conversations", record.get("messages")))
+    return conversation(record, place, held(record, "conversations", "messages"))
 
 
-def _has_parts(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("content"), list)
-
-
-@format_row("openai", "OpenAI messages (content parts)", lambda record: "role" in _first(record, "messages"))
+@format_row("openai", "OpenAI messages (content parts)", lambda record: _has_role(record, "messages"))
 def parse_openai(record: dict[str, Any], place: str) -> Sample:
     """`messages` whose content is text or parts: `text`, `image_url` (a path, file://, data: or http(s)), `image`.
 
     A part `{"type": "image"}` without a place takes the next of the record's `images` (TRL's layout).
     """
-    where, identity = _where(record, place)
-    waiting = iter(_pictures(record, where))
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RecordError(f"{where}: has no turns ('messages' must be a list with at least one)", "no_turns")
-    turns = []
-    for index, message in enumerate(messages):
-        role, content = _turn(message, index, where)
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        turns.append(Turn(role, tuple(_part(part, waiting, where) for part in parts)))
-    if next(waiting, None) is not None:
-        raise RecordError(f"{where}: holds more images than its messages show", "marker_count")
-    return Sample(identity, tuple(turns), place)
-
-
-def _part(part: Any, waiting: Iterator[ImageRef], where: str) -> str | ImageRef:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text") and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind in ("image_url", "image", "input_image"):
-        value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
-        value = value.get("url") if isinstance(value, dict) and "url" in value else value
-        if value is None:
-            value = next(waiting, None)
-            if value is None:
-                raise RecordError(f"{where}: its messages show more images than it holds", "marker_count")
-        return _reference(value, where, web=True)
-    raise RecordError(f"{where}: a content part of type {kind!r}; expected text or image_url", "malformed")
+    return conversation(record, place, record.get("messages"))
 
 
 @format_row(
@@ -206,9 +191,12 @@ def _part(part: Any, waiting: Iterator[ImageRef], where: str) -> str | ImageRef:
 )
 def parse_cauldron(record: dict[str, Any], place: str) -> Sample:
     """`{"images", "texts": [{"user", "assistant"}, ..]}` (The Cauldron, FineVision): pictures open the first turn."""
-    where, identity = _where(record, place)
-    pairs = [(_text(pair.get("user"), where), _text(pair.get("assistant"), where)) for pair in record["texts"]]
-    return _asked(identity, place, _pictures(record, where), pairs)
+    where, identity = where_of(record, place)
+    texts = turn_list(record["texts"])
+    if not isinstance(texts, list) or not all(isinstance(pair, dict) for pair in texts):
+        raise RecordError(f"{where}: 'texts' must be a list of objects", "malformed")
+    pairs = [(text_of(pair.get("user"), where), text_of(pair.get("assistant"), where)) for pair in texts]
+    return asked(identity, place, pictures_of(record, where), pairs)
 
 
 @format_row(
@@ -218,9 +206,9 @@ def parse_cauldron(record: dict[str, Any], place: str) -> Sample:
 )
 def parse_video_chatgpt(record: dict[str, Any], place: str) -> Sample:
     """`{"q", "a", "video_id"}` of VideoInstruct-100K; the file is `video_id` with the suffix that is there."""
-    where, identity = _where(record, place)
-    video = ImageRef(_text(record["video_id"], where), "frame")
-    return _asked(identity, place, [video], [(_text(record["q"], where), _text(record["a"], where))])
+    where, identity = where_of(record, place)
+    video = ImageRef(text_of(record["video_id"], where), "frame")
+    return asked(identity, place, [video], [(text_of(record["q"], where), text_of(record["a"], where))])
 
 
 @format_row(
@@ -229,11 +217,11 @@ def parse_video_chatgpt(record: dict[str, Any], place: str) -> Sample:
     lambda record: "question" in record and ("answer" in record or "answers" in record),
 )
 def parse_vqa(record: dict[str, Any], place: str) -> Sample:
-    """`{"image", "question", "answer"}`, e.g. VQA-RAD; of several `answers` the first."""
-    where, identity = _where(record, place)
-    answer = record.get("answer", record.get("answers"))
-    answer = answer[0] if isinstance(answer, list) and answer else answer
-    return _asked(identity, place, _pictures(record, where), [(_text(record["question"], where), _text(answer, where))])
+    """`{"image", "question", "answer"}`, e.g. VQA-RAD; of several `answers` the first. A `video` alike."""
+    where, identity = where_of(record, place)
+    question, answer = text_of(record["question"], where), held(record, "answer", "answers")
+    answer = text_of(answer[0] if isinstance(answer, list) and answer else answer, where)
+    return asked(identity, place, [*pictures_of(record, where), *videos_of(record, where)], [(question, answer)])
 
 
 _CAPTION_KEYS = ("caption", "text", "txt", "blip_caption")
@@ -250,141 +238,18 @@ def parse_caption(record: dict[str, Any], place: str) -> Sample:
     A `json` member that holds a conversation is read as that. A caption needs a picture.
     """
     inner = record.get("json")
-    if isinstance(inner, dict) and "txt" not in record:
-        if not any(key in inner for key in _CAPTION_KEYS) or "conversations" in inner or "messages" in inner:
-            merged = {**inner, "id": inner.get("id", record.get("__key__")), "images": record.get("__images__", [])}
-            merged.pop("image", None)
-            return parse_record(detect(merged, place), merged, place)
+    if isinstance(inner, dict) and record.get("txt") is None:
+        other = _recognised(inner)
+        if other not in ("caption", None):
+            beside = any(record.get(key) for key in IMAGE_KEYS)  # then a path inside names the same picture
+            kept = {key: value for key, value in inner.items() if not (beside and key in IMAGE_KEYS)}
+            return parse_record(str(other), {"id": record.get("__key__"), **record, **kept, "json": None}, place)
         record = {**record, **{key: inner[key] for key in _CAPTION_KEYS if key in inner}}
-    where, identity = _where(record, place)
-    caption = next((record[key] for key in ("txt", *_CAPTION_KEYS) if record.get(key) is not None), None)
-    pictures = _pictures(record, where)
+    where, identity = where_of(record, place)
+    caption = held(record, "txt", *_CAPTION_KEYS)
+    if caption is None:
+        raise RecordError(f"{where}: has no caption (txt, or json with caption)", "missing_key")
+    pictures = pictures_of(record, where)
     if len(pictures) != 1:
         raise RecordError(f"{where}: a caption needs one picture, found {len(pictures)}", "marker_count")
-    return _asked(identity, place, pictures, [("", _text(caption, where).strip())])
-
-
-def _asked(identity: str, place: str, pictures: list[ImageRef], pairs: list[tuple[str, str]]) -> Sample:
-    """A sample of questions and answers: pictures stand before the first question, each followed by a newline."""
-    turns = []
-    for index, (question, answer) in enumerate(pairs):
-        front: list[str | ImageRef] = []
-        for picture in pictures if index == 0 else []:
-            front += [picture, "\n"]
-        turns += [Turn("user", (*front, question)), Turn("assistant", (answer,))]
-    return Sample(identity, tuple(turns), place)
-
-
-def _conversation(record: dict[str, Any], place: str, turns: Any, loose_marker: bool = False) -> Sample:
-    """A conversation with markers in its text. `loose_marker`: pictures without any marker open the first turn."""
-    where, identity = _where(record, place)
-    if not isinstance(turns, list) or not turns:
-        raise RecordError(f"{where}: has no turns ('conversations' must be a list with at least one turn)", "no_turns")
-    pictures, videos = _pictures(record, where), _videos(record, where)
-    read = [(role, _text(content, where, index)) for index, (role, content) in enumerate(_turns(turns, where))]
-    if isinstance(record.get("system"), str) and record["system"] and read[0][0] != "system":
-        read.insert(0, ("system", record["system"]))
-    if read[0][0] == "assistant":
-        read = read[1:]
-    text = "".join(content for _, content in read)
-    marks = text.count(IMAGE_MARKER), text.count(VIDEO_MARKER)
-    if loose_marker and marks == (0, 0) and read and pictures:
-        read[0] = (read[0][0], IMAGE_MARKER * len(pictures) + "\n" + read[0][1])
-    elif videos and marks[1] == 0 and marks[0] == len(videos) + len(pictures):
-        pictures, videos = [*pictures, *videos], []  # older video sets write <image> for their video
-    elif marks != (len(pictures), len(videos)):
-        for mark, count, held, name in (
-            (IMAGE_MARKER, marks[0], pictures, "images"),
-            (VIDEO_MARKER, marks[1], videos, "videos"),
-        ):
-            if count != len(held):
-                message = f"{where}: {count} {mark} markers in the text but {len(held)} {name}"
-                raise RecordError(message, "marker_count")
-    shown = {IMAGE_MARKER: iter(pictures), VIDEO_MARKER: iter(videos)}
-    return Sample(identity, tuple(Turn(role, _split(content, shown)) for role, content in read), place)
-
-
-def _turns(turns: list[Any], where: str) -> Iterator[tuple[Role, Any]]:
-    for index, turn in enumerate(turns):
-        yield _turn(turn, index, where)
-
-
-def _turn(turn: Any, index: int, where: str) -> tuple[Role, Any]:
-    if not isinstance(turn, dict):
-        raise RecordError(f"{where}: turn {index} must be an object, not {type(turn).__name__}", "malformed")
-    said = turn.get("from", turn.get("role"))
-    role = _ROLES.get(said) if isinstance(said, str) else None
-    if role is None:
-        raise RecordError(f"{where}: turn {index} is from {said!r}; expected human or gpt, user or assistant", "role")
-    content = turn.get("value", turn.get("content"))
-    if content is None:
-        raise RecordError(f"{where}: turn {index} must be an object with a text 'value' or 'content'", "missing_key")
-    return role, content
-
-
-def _split(text: str, shown: dict[str, Iterator[ImageRef]]) -> tuple[str | ImageRef, ...]:
-    """Text with markers -> parts. A single picture or video goes to the front, followed by a newline."""
-    marks = _MARKER.findall(text)
-    if not marks:
-        return (text,)
-    pieces = _MARKER.split(text)
-    if len(marks) == 1:
-        return (next(shown[marks[0]]), "\n" + "".join(pieces).strip())
-    parts: list[str | ImageRef] = [pieces[0]] if pieces[0] else []
-    for mark, piece in zip(marks, pieces[1:]):
-        parts += [next(shown[mark]), *([piece] if piece else [])]
-    return tuple(parts)
-
-
-def _where(record: dict[str, Any], place: str) -> tuple[str, str]:
-    """`place (id ..)` and the id, which is the place where a record has none."""
-    identity = next((record[key] for key in ("id", "__key__") if record.get(key) is not None), place)
-    if not isinstance(identity, (str, int)):
-        raise RecordError(f"{place}: an id must be text or a number, not {type(identity).__name__}", "malformed")
-    return f"{place} (id {identity})", str(identity)
-
-
-def _text(value: Any, where: str, turn: int | None = None) -> str:
-    if isinstance(value, str):
-        return value
-    told = "an answer or question" if turn is None else f"turn {turn}"
-    raise RecordError(f"{where}: {told} must be an object with a text 'value', not {type(value).__name__}", "not_text")
-
-
-def _pictures(record: dict[str, Any], where: str) -> list[ImageRef]:
-    key = next((key for key in ("__images__", "image", "images", "jpg", "png") if record.get(key) is not None), None)
-    return [] if key is None else [_reference(value, where) for value in _several(record[key])]
-
-
-def _videos(record: dict[str, Any], where: str) -> list[ImageRef]:
-    value = record.get("video", record.get("videos"))
-    paths = [] if value is None else _several(value)
-    if not all(isinstance(path, str) and path for path in paths):
-        raise RecordError(f"{where}: 'video' must be a path or a list of paths", "malformed")
-    return [ImageRef(path, "frame") for path in paths]
-
-
-def _several(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _reference(value: Any, where: str, web: bool = False) -> ImageRef:
-    """Any way a record names a picture. `web`: the format may hold URLs (OpenAI messages)."""
-    if isinstance(value, ImageRef):
-        return value
-    if isinstance(value, dict) and (value.get("bytes") is not None or value.get("path")):
-        held = value.get("bytes")
-        if isinstance(held, bytes):
-            return ImageRef("", "bytes", data=held)
-        value = value.get("path")
-    if not isinstance(value, str) or not value:
-        raise RecordError(f"{where}: 'image' must be a path or a list of paths", "malformed")
-    data = _DATA_URL.match(value)
-    if data:
-        try:
-            return ImageRef("", "bytes", data=base64.b64decode(value[data.end() :], validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise RecordError(f"{where}: a data URL is not base64: {error}", "image_unreadable") from error
-    if web and value.startswith(("file://", "http://", "https://")):
-        return ImageRef(value, "url")
-    return ImageRef(value)
+    return asked(identity, place, pictures, [("", text_of(caption, where).strip())])

@@ -6,28 +6,30 @@ Where a reference points inside a container, nothing is unpacked; random access 
 
 from __future__ import annotations
 
+import http.client
 import os
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 from PIL import Image
 
 from llava_train.data import video
 from llava_train.data.images import Header, check_image, decode_image
-from llava_train.data.sample import ImageRef
-from llava_train.errors import RecordError
+from llava_train.data.sample import ImageRef, shown
+from llava_train.data.tables import cell_bytes
+from llava_train.errors import DataError, RecordError
 from llava_train.files import inside, regular_file
-from llava_train.storage import is_remote, open_binary, read_range
+from llava_train.storage import read_range
 
-VIDEO_SUFFIXES = ("", ".mp4", ".avi", ".mkv", ".webm", ".mov")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 MAX_DOWNLOAD = 64 * 2**20
 _TIMEOUT_S = 20
+_DEADLINE_S = 60
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,11 @@ def _source(ref: ImageRef, media: Media) -> bytes | Path:
     if ref.kind == "url":
         raise RecordError(f"{ref.path}: is still on the web", "image_url")
     try:
-        return _cell(ref) if ref.kind == "cell" else read_range(ref.path, ref.at, ref.size)
-    except OSError as error:
-        raise RecordError(f"{name_of(ref, media)}: cannot be read: {error}", "image_missing") from error
+        return cell_bytes(ref) if ref.kind == "cell" else read_range(ref.path, ref.at, ref.size)
+    except RecordError:
+        raise
+    except DataError as error:
+        raise RecordError(f"{name_of(ref, media)}: {error}", "image_missing") from error
 
 
 def located(ref: ImageRef, container: str, blobs: Path) -> ImageRef:
@@ -121,102 +125,57 @@ def settle(ref: ImageRef, media: Media) -> list[ImageRef]:
     if ref.kind == "url":
         return [_settle_url(ref.path, media)]
     if ref.kind == "frame" and not ref.size:
-        path = ref.path if os.path.splitext(ref.path)[1] else _with_suffix(ref.path, media)  # noqa: PTH122
+        path = _with_suffix(ref.path, media)
         return [replace(ref, path=path, at=index, size=media.video_frames) for index in range(media.video_frames)]
     return [ref]
 
 
 def _with_suffix(path: str, media: Media) -> str:
-    """The file of a video that is named without its suffix."""
-    found = (path + suffix for suffix in VIDEO_SUFFIXES)
-    return next((name for name in found if inside(media.root, name, media.allow_links).is_file()), path)
+    """The file of a video that may be named without its suffix; `path` itself where there is none."""
+    if path.lower().endswith(VIDEO_SUFFIXES):
+        return path
+    found = (path + suffix for suffix in ("", *VIDEO_SUFFIXES))
+    return next((name for name in found if os.path.isfile(inside(media.root, name, media.allow_links))), path)  # noqa: PTH113
 
 
 def _settle_url(url: str, media: Media) -> ImageRef:
-    if url.startswith("file://"):
-        path, root = Path(unquote(urlparse(url).path)), media.root.absolute()
-        if not path.is_relative_to(root):
-            raise RecordError(f"{url!r}: leads outside the image root {root}", "image_path", hostile=True)
-        return ImageRef(str(path.relative_to(root)))
+    if url[:7].lower() == "file://":
+        return ImageRef(_below_root(url, media.root))
     if not media.allow_http:
-        message = f"{url[:200]}: a picture on the web; set allow_http: true for this source to fetch it"
+        message = f"{shown(url)}: a picture on the web; set allow_http: true for this source to fetch it"
         raise RecordError(message, "image_url", hostile=True)
     return ImageRef("", "bytes", data=fetch(url))
 
 
-def fetch(url: str) -> bytes:
-    """The bytes behind an http(s) URL, at most 64 MB; RecordError "image_url" says what failed."""
-    request = urllib.request.Request(url, headers={"User-Agent": "llava-train"})
+def _below_root(url: str, root: Path) -> str:
+    """The path below the root that a file:// URL names; whether it leads out by `..` or a link is seen later."""
     try:
+        named = urlparse(url)
+        path, host = Path(unquote(named.path)), named.netloc
+    except ValueError as error:  # file://[
+        raise RecordError(f"{shown(url)!r}: no URL: {error}", "image_path", hostile=True) from error
+    for base in (root.absolute(), root.resolve()):
+        if host in ("", "localhost") and path.is_relative_to(base):
+            return str(path.relative_to(base))
+    raise RecordError(f"{shown(url)!r}: leads outside the image root {root}", "image_path", hostile=True)
+
+
+def fetch(url: str) -> bytes:
+    """The bytes behind an http(s) URL, at most 64 MB within a minute; RecordError "image_url" says what failed."""
+    name, deadline, content = shown(url), time.monotonic() + _DEADLINE_S, bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "llava-train"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             if urlparse(response.url).scheme not in ("http", "https"):
-                raise RecordError(f"{url}: leads to {response.url}", "image_url", hostile=True)
-            content: bytes = response.read(MAX_DOWNLOAD + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise RecordError(f"{url}: cannot be fetched: {error}", "image_url") from error
-    if len(content) > MAX_DOWNLOAD:
-        raise RecordError(f"{url}: more than {MAX_DOWNLOAD:,} bytes", "image_url")
-    return content
-
-
-def _cell(ref: ImageRef) -> bytes:
-    if Path(ref.path).suffix == ".parquet" or _is_parquet(ref.path):
-        column, row = _row_group(ref.path, *_group_of(ref.path, ref.at), ref.column)
-    else:
-        column, row = arrow_table(ref.path).column(ref.column), 0
-    value = column[ref.at - row]
-    if hasattr(value, "values"):
-        value = value.values[ref.size]
-    held = value["bytes"] if hasattr(value, "keys") else value
-    content: bytes = held.as_py()
-    return content
-
-
-@lru_cache(maxsize=256)
-def _is_parquet(path: str) -> bool:
-    with open_binary(path) as stream:
-        return stream.read(4) == b"PAR1"
-
-
-@lru_cache(maxsize=64)
-def _group_starts(path: str) -> list[int]:
-    import pyarrow.parquet as pq
-
-    with open_binary(path) as stream:
-        metadata = pq.ParquetFile(stream).metadata
-        starts = [0]
-        for index in range(metadata.num_row_groups):
-            starts.append(starts[-1] + metadata.row_group(index).num_rows)
-    return starts
-
-
-def _group_of(path: str, row: int) -> tuple[int, int]:
-    """Row group of a row, and that group's first row."""
-    starts = _group_starts(path)
-    group = next(index for index, start in enumerate(starts[1:]) if row < start)
-    return group, starts[group]
-
-
-@lru_cache(maxsize=4)
-def _row_group(path: str, group: int, first: int, column: str) -> tuple[Any, int]:
-    import pyarrow.parquet as pq
-
-    with open_binary(path) as stream:
-        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
-    return table.column(column), first
-
-
-@lru_cache(maxsize=64)
-def arrow_table(path: str) -> Any:
-    """The memory-mapped table of an Arrow file, in either of its two layouts (`datasets` writes the stream)."""
-    import pyarrow as pa
-
-    if is_remote(path):
-        with open_binary(path) as stream:
-            buffer = pa.BufferReader(stream.read())
-    else:
-        buffer = pa.memory_map(path)
-    try:
-        return pa.ipc.open_stream(buffer).read_all()
-    except pa.ArrowInvalid:
-        return pa.ipc.open_file(buffer).read_all()
+                raise RecordError(f"{name}: leads to {shown(response.url)}", "image_url", hostile=True)
+            while chunk := response.read1(_CHUNK):
+                content += chunk
+                if len(content) > MAX_DOWNLOAD:
+                    raise RecordError(f"{name}: more than {MAX_DOWNLOAD:,} bytes", "image_url")
+                if time.monotonic() > deadline:
+                    raise RecordError(f"{name}: took more than {_DEADLINE_S} seconds", "image_url")
+            if response.length:
+                raise RecordError(f"{name}: broke off, {response.length:,} bytes are missing", "image_url")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RecordError(f"{name}: cannot be fetched: {shown(str(error))}", "image_url") from error
+    return bytes(content)

@@ -99,27 +99,25 @@ def deal(
     # Neighbours in length share a micro-batch; the cut is even, so no bucket is left nearly empty.
     for index, part in enumerate(np.array_split(np.array(ordered), len(buckets))):
         buckets[index] = part.tolist()
-    weight_of = _weights(buckets, supervised, normalization)
+    weights = _weights(buckets, supervised, normalization)
     batches = [
-        MicroBatch(tuple(bucket), tuple(weight_of[sample] for sample in bucket))
-        if bucket
-        else MicroBatch((ordered[-1],), (0.0,))
-        for bucket in buckets
+        MicroBatch(tuple(bucket), weight) if bucket else MicroBatch((ordered[-1],), (0.0,))
+        for bucket, weight in zip(buckets, weights)
     ]
     return [batches[rank::world_size] for rank in range(world_size)]
 
 
-def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: str) -> dict[int, float]:
-    filled = [bucket for bucket in buckets if bucket]
-    if normalization == "tokens":
-        total = sum(int(supervised[sample]) for bucket in filled for sample in bucket)
-        return {sample: 1.0 / total for bucket in filled for sample in bucket}
-    if normalization == "samples":
-        count = sum(len(bucket) for bucket in filled)
-        return {sample: 1.0 / (count * int(supervised[sample])) for bucket in filled for sample in bucket}
-    return {
-        sample: 1.0 / (len(filled) * sum(int(supervised[s]) for s in bucket)) for bucket in filled for sample in bucket
-    }
+def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: str) -> list[tuple[float, ...]]:
+    """The weight of each sample's tokens, bucket by bucket (a mixture may repeat a sample within a step)."""
+    tokens = [[int(supervised[sample]) for sample in bucket] for bucket in buckets]
+    total, count = sum(map(sum, tokens)), sum(map(len, buckets))
+    filled = sum(bool(bucket) for bucket in buckets)
+    of = {
+        "tokens": lambda own, bucket: 1.0 / total,
+        "samples": lambda own, bucket: 1.0 / (count * own),
+        "micro_batch": lambda own, bucket: 1.0 / (filled * sum(bucket)),
+    }[normalization]
+    return [tuple(of(own, bucket) for own in bucket) for bucket in tokens]
 
 
 def padding_share(plan: Plan, lengths: np.ndarray, supervised: np.ndarray, micro_batch_size: int) -> dict[str, float]:

@@ -14,8 +14,48 @@ from llava_train.errors import RecordError
 
 IMAGE_MARKER = "<image>"
 """How a picture is spelled in text: in records, in templates, in prompts."""
+CAUSES = {
+    "not_json": "the record is no JSON, or holds numbers or nesting that cannot be read",
+    "not_utf8": "bytes that are not UTF-8, or half of a character",
+    "file_truncated": "the file breaks off here; records behind it are not there",
+    "not_an_object": "a record is a list, a text or a number",
+    "wrong_format": "the record is of another format than its source",
+    "missing_key": "a key that the format needs is not there",
+    "malformed": "something else in the record is not as its format has it",
+    "no_turns": "the conversation has no turn that asks and answers",
+    "role": "a turn is of nobody known (tools are not)",
+    "role_order": "the turns are not an optional system text, then user and assistant in turn",
+    "not_text": "a question or answer is no text",
+    "empty_turn": "a question or answer is empty",
+    "marker_count": "the text shows more or fewer pictures or videos than the record holds",
+    "marker_place": "a picture stands in an answer or in the system text",
+    "control_token": "the text holds a control token of the tokenizer",
+    "image_path": "a path leaves its root, or names what is no file (no policy may skip it)",
+    "image_url": "a picture on the web that may not be fetched (no policy may skip it), or could not be",
+    "image_missing": "there is no such picture",
+    "image_empty": "the picture has 0 bytes",
+    "image_unreadable": "the picture is damaged, or is none",
+    "image_format": "a picture format that is not read",
+    "image_too_large": "more pixels than are allowed",
+    "image_strip": "a picture far longer than wide, or wider than long",
+    "video_missing": "there is no such video",
+    "video_empty": "the video has 0 bytes or no frames",
+    "video_unreadable": "the video is damaged, or is none",
+    "image_cut": "max_length would cut a picture",
+    "nothing_supervised": "no answer is left within max_length",
+    "duplicate_id": "an earlier record of the source has the same id",
+    "duplicate_content": "an earlier record of the source says and shows the same",
+}
+"""What a record can be left out for: the words reports count by."""
+_SHOWN = 200
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["file", "span", "cell", "frame", "blob", "bytes", "url"]
+
+
+def shown(text: str) -> str:
+    """Text from a record as messages quote it: short, and without what would act on a terminal."""
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if text.isprintable() else ascii(text)
 
 
 @dataclass(frozen=True)
@@ -96,7 +136,7 @@ class Sample:
     @property
     def where(self) -> str:
         """`place (id ...)`, the head of every message about this sample."""
-        return f"{self.place} (id {self.id})" if self.place else f"id {self.id}"
+        return f"{self.place} (id {shown(self.id)})" if self.place else f"id {shown(self.id)}"
 
     @property
     def images(self) -> tuple[ImageRef, ...]:

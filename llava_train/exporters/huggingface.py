@@ -21,6 +21,7 @@ from llava_train.data.template import portable
 from llava_train.errors import ExportError
 from llava_train.exporters.registry import TARGETS
 from llava_train.files import write_json
+from llava_train.inference import stop_ids
 from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
 from llava_train.model.encoders import vision_shape
@@ -43,6 +44,7 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
             f"a {model.config.text_config.model_type} head has a bias, for which LlavaForConditionalGeneration has "
             "no place; target 'hf' cannot carry this language model"
         )
+    model.generation_config.eos_token_id = stop_ids(assembly)
     model.save_pretrained(folder)
     rename_keys(folder, model.config.vision_config.model_type)
     _complete_config(folder)

@@ -42,8 +42,7 @@ for name, images in (("image", [Image.open(picture)]), ("text", [])):
     prompts[name] = prompt
     if not prompt:
         continue
-    begun = bool(processor.tokenizer.bos_token) and prompt.startswith(processor.tokenizer.bos_token)
-    inputs = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=not begun)
+    inputs = processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():

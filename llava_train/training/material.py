@@ -17,7 +17,7 @@ from llava_train.data.mixture import Mixture, Share, mix
 from llava_train.data.plan import MicroBatch, Plan, padding_share
 from llava_train.data.prepare import Source, prepare_set
 from llava_train.data.prepared import PreparedSet
-from llava_train.data.template import load_template
+from llava_train.data.template_fit import resolve_template
 from llava_train.errors import DataError, RecipeError
 from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import load_stock, model_folder
@@ -70,7 +70,7 @@ def sources_of(recipe: Recipe, part: str = "train") -> list[Source]:
     for settings in getattr(recipe.data, part):
         name = settings.template or recipe.data.template
         if name not in encoders:
-            template = load_template(name, tokenizer.chat_template)
+            _, template = resolve_template(name, tokenizer)
             encoders[name] = Encoder(tokenizer, template, image_tokens, recipe.data.max_length)
         sources.append(_source(settings, encoders[name], recipe))
     return sources

@@ -24,22 +24,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""
         nll_S, rows_S = token_losses(self.model, batch)
-        loss = (nll_S * batch.weights[rows_S]).sum()
-        return loss if batch.pixel_values is not None else loss + self._untouched()
-
-    def _untouched(self) -> torch.Tensor:
-        """Zero, with the image side in its graph.
-
-        A micro-batch of text alone gives connector and tower no gradient at all, and ranks that wait for one
-        would hang; zero times their weights gives a gradient of zeros.
-        """
-        trained = [
-            parameter.sum()
-            for part in (self.model.model.vision_tower, self.model.model.multi_modal_projector)
-            for parameter in part.parameters()
-            if parameter.requires_grad
-        ]
-        return 0.0 * torch.stack(trained).sum() if trained else torch.zeros((), device=self.model.device)
+        return (nll_S * batch.weights[rows_S]).sum()
 
 
 def token_losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,12 +34,28 @@ def token_losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[to
     the rest would be thrown away.
     """
     hidden_BTD = model.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        pixel_values=batch.pixel_values,
-        use_cache=False,
+        **_inputs(model, batch), attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
     targets = batch.labels[:, 1:]
     rows_S, columns_S = (targets != IGNORE).nonzero(as_tuple=True)
     logits_SV = model.lm_head(hidden_BTD[rows_S, columns_S]).float()
     return cross_entropy(logits_SV, targets[rows_S, columns_S], reduction="none"), rows_S
+
+
+def _inputs(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, torch.Tensor]:
+    """Ids and pixels; for text alone, embeddings with a blank picture in their graph, times zero.
+
+    Without it connector and tower get no gradient from a micro-batch of text, and ranks that wait for one hang.
+    It goes the way of a real picture, because ZeRO reduces gradients in the order in which they come: ranks
+    whose order differs would add up gradients of different weights.
+    """
+    if batch.pixel_values is not None:
+        return {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    sides = (model.model.vision_tower, model.model.multi_modal_projector)
+    if any(parameter.requires_grad for side in sides for parameter in side.parameters()):
+        size = model.config.vision_config.image_size
+        blank = torch.zeros(1, 3, size, size, device=model.device, dtype=model.dtype)
+        features = torch.cat(model.model.get_image_features(blank).pooler_output)
+        embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
+    return {"inputs_embeds": embeddings}

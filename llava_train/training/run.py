@@ -11,7 +11,7 @@ import torch
 
 from llava_train.data.images import build_image_processor
 from llava_train.data.plan import Plan
-from llava_train.data.template import load_template
+from llava_train.data.template_fit import resolve_template
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.files import atomic_folder, ensure_space, sha256_json
 from llava_train.model.assemble import Assembly, assemble, with_spec
@@ -86,18 +86,18 @@ def build(recipe: Recipe) -> Assembly:
     """The model of a recipe: assembled from parts, or taken from `init_from` (its adapters folded in)."""
     if recipe.init_from:
         assembly = merged(load_model(recipe.init_from, torch.float32, recipe.model.attn_implementation))
-        template = load_template(recipe.data.template, assembly.tokenizer.chat_template)
+        name, template = resolve_template(recipe.data.template, assembly.tokenizer)
         history = (*assembly.spec.history, recipe.init_from)
-        assembly = with_spec(assembly, template=recipe.data.template, history=history)
+        assembly = with_spec(assembly, template=name, history=history)
         return replace(assembly, template=template)
     tokenizer = load_tokenizer(recipe.model.llm, recipe.model.llm_revision, recipe.model.trust_remote_code)
-    template = load_template(recipe.data.template, tokenizer.chat_template)
+    name, template = resolve_template(recipe.data.template, tokenizer)
     config = load_vision_config(recipe.model.vision, recipe.model.vision_revision)
     size = vision_shape(config, recipe.model.image_size).image_size
     processor = build_image_processor(
         recipe.model.vision, recipe.model.image_aspect_ratio, size, recipe.model.vision_revision
     )
-    return assemble(recipe.model, template, recipe.data.template, processor, recipe.seed)
+    return assemble(recipe.model, template, name, processor, recipe.seed)
 
 
 def _open_folder(folder: Path, recipe: Recipe, fresh: bool, is_main: bool) -> None:

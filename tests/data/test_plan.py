@@ -3,13 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_train.data.plan import Plan, deal
+from llava_train.data.mixture import Mixture
+from llava_train.data.plan import Plan, deal, padding_share
 
 
 @given(samples=st.integers(1, 200), batch=st.integers(1, 64), seed=st.integers(0, 5), epoch=st.integers(0, 3))
 @settings(deadline=None, max_examples=60)
 def test_every_sample_once_an_epoch(samples: int, batch: int, seed: int, epoch: int) -> None:
-    plan = Plan.of(samples, batch, 4, None, seed)
+    plan = Plan.of(Mixture.whole(samples), batch, 4, None, seed)
     first = epoch * plan.steps_per_epoch
     seen = [sample for step in range(first, first + plan.steps_per_epoch) for sample in plan.step(step)]
     assert sorted(seen) == list(range(samples))
@@ -52,11 +53,26 @@ def test_weights_do_not_depend_on_the_cut(normalization: str) -> None:
 
 
 def test_steps_depend_on_seed_and_batch_alone() -> None:
-    plan = Plan.of(100, 8, 2, None, 1)
-    assert plan.step(20) == Plan.of(100, 8, 2, None, 1).step(20)
-    assert plan.step(0) != Plan.of(100, 8, 2, None, 2).step(0)
+    plan = Plan.of(Mixture.whole(100), 8, 2, None, 1)
+    assert plan.step(20) == Plan.of(Mixture.whole(100), 8, 2, None, 1).step(20)
+    assert plan.step(0) != Plan.of(Mixture.whole(100), 8, 2, None, 2).step(0)
     assert plan.step(0) != plan.step(13)
     assert plan.total_steps == 26
     assert plan.epoch_at(12) == 1.0
     assert len(plan.step(12)) == 4
-    assert Plan.of(100, 8, 2, 5, 1).total_steps == 5
+    assert Plan.of(Mixture.whole(100), 8, 2, 5, 1).total_steps == 5
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "samples", "micro_batch"])
+def test_a_sample_that_comes_twice_in_a_step_counts_twice(normalization: str) -> None:
+    lengths, supervised = np.array([9, 5, 7]), np.array([4, 2, 3])
+    (batches,) = deal([0, 1, 2, 0], lengths, supervised, 1, 2, normalization)
+    assert sorted(s for batch in batches for s in batch.samples) == [0, 0, 1, 2]
+    assert sum(w * supervised[s] for b in batches for s, w in zip(b.samples, b.weights)) == pytest.approx(1.0)
+
+
+def test_planned_padding_is_less_than_random() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(int) + 1
+    shares = padding_share(Plan.of(Mixture.whole(512), 128, 1, None, 0), lengths, lengths, 16)
+    assert 0 < shares["planned"] < shares["random"] < 1
+    assert padding_share(Plan.of(Mixture.whole(8), 8, 1, None, 0), np.full(8, 5), np.full(8, 1), 3)["planned"] == 0

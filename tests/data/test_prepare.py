@@ -11,15 +11,15 @@ from tests import tiny
 def test_a_set_is_made_once_and_found_again(workplace: Path) -> None:
     recipe = load_recipe(tiny.make_recipe(workplace))
     first = prepare(recipe)
-    stamp = (first.train.folder / "data.arrow").stat().st_mtime_ns
+    stamps = {file: file.stat().st_mtime_ns for file in (workplace / "prepared").rglob("*")}
     again = prepare(recipe)
     assert again.train.folder == first.train.folder
-    assert (again.train.folder / "data.arrow").stat().st_mtime_ns == stamp
+    assert {file: file.stat().st_mtime_ns for file in (workplace / "prepared").rglob("*")} == stamps
     assert len(first.train) == 24
-    row = first.train.table[3]
-    assert row["id"] == "r3"
-    assert row["length"] == len(row["input_ids"]) == len(row["labels"])
-    assert row["images"] == ["3.png"]
+    row = first.train.row(3)
+    assert (row.id, row.place) == ("r3", f"{workplace}/data/data.json[3]")
+    assert len(row.input_ids) == len(row.labels) == first.train.lengths[3]
+    assert [image.path for image in row.images] == ["3.png"]
 
 
 @pytest.mark.parametrize("change", ["data", "template", "max_length", "image_tokens"])
@@ -75,7 +75,7 @@ def test_held_out_samples_are_not_trained_on(workplace: Path) -> None:
     prepared = prepare(load_recipe(tiny.make_recipe(workplace)))
     assert len(prepared.validation_rows) == 5
     assert not set(prepared.train_rows) & set(prepared.validation_rows)
-    assert sorted(prepared.train_rows + prepared.validation_rows) == list(range(24))
+    assert sorted([*prepared.train_rows, *prepared.validation_rows]) == list(range(24))
     file = workplace / "data" / "data.json"
     recipe = load_recipe(
         tiny.make_recipe(workplace), ["data.validation_fraction=0", f"data.validation=[{{path: '{file}'}}]"]

@@ -57,6 +57,7 @@ def test_ddp_under_torchrun(workplace: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", ["stage1", "lora"])
 def test_zero2_under_deepspeed(workplace: Path, stage: str) -> None:
+    """In some steps one rank's micro-batch is text alone while the other's has pictures (an order of gradients)."""
     pytest.importorskip("deepspeed")
     recipe = tiny.make_recipe(workplace)
     one = alone(recipe, workplace / "one", *STAGES[stage])
