@@ -5,52 +5,34 @@
 * What: 64 px drawings; "what shape is in the image?", "is there a red shape?"; 13 one-word answers. The
   official split is kept: 4,000 pictures and 38,575 questions to train on, 1,000 and 9,673 to test on.
 * From: the installed Python package `easy-vqa` 1.0, its data checked by one sha256 over all files.
-* Licence: MIT. Size: 3 MB to install, 35 MB on disk (small files).
+* Licence: MIT. Size: 3 MB to install, 35 MB on disk (small files). Expected: 4,000 + 1,000 pictures.
 * Writes `DIR/easy_vqa/`: `{train,test}/images/N.png`, `captions.json` (one a training picture),
   `instructions.json` (up to 4 questions a record), `test.json` (one a record); `image` is relative to DIR.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.command import Dataset, say_built
+from data_prep.records import Record, RecordFile
 from llava_train.demo import easy_vqa
-from llava_train.errors import DataError, LlavaTrainError
+from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, write_json
-
-Record = dict[str, Any]
 
 PACKAGE, VERSION, LICENCE = "easy-vqa", "1.0", "MIT"
 SHA256 = "5a3e6cbf6a007e072a89234e01dd28879d0f87374490262f56abdeb011ac0754"
 SOURCE = (PACKAGE, VERSION, LICENCE, SHA256)
 DISK_BYTES = 50_000_000
 TURNS = 4
+COUNTS = {"captions": 3971, "instructions": 11121, "test": 9673}
 ONE_WORD = "Answer with one word."
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build `DIR/easy_vqa`; exit status 0 done, 1 failed, 2 wrong arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("data_prep.easy_vqa", description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path("assets"), metavar="DIR", help="default: assets")
-    out = parser.parse_args(arguments).out
-    try:
-        built = build(out)
-    except (LlavaTrainError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    print(f"{out / 'easy_vqa'}: {'made' if built else 'already there (delete the folder to make it again)'}")
-    return 0
 
 
 def build(out: Path) -> bool:
@@ -112,6 +94,21 @@ def _asked(record: Record) -> Record:
         for turn in record["conversations"]
     ]
     return record | {"conversations": turns}
+
+
+DATASET = Dataset(
+    name="easy_vqa",
+    document=__doc__,
+    parts={},
+    records=[RecordFile(f"easy_vqa/{name}.json", count) for name, count in COUNTS.items()],
+    convert=lambda job: say_built(job.out / "easy_vqa", build(job.out)),
+    out="assets",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see `Dataset.main`."""
+    return DATASET.main(arguments)
 
 
 if __name__ == "__main__":

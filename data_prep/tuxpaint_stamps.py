@@ -6,13 +6,13 @@
   first line of the text file beside each picture is its English caption; its folder is its class.
 * From: the Debian package `tuxpaint-stamps-default`, taken with the `apt-get` client and checked by sha256.
 * Licence: GPL-2 (kept as `stamps/COPYRIGHT`). Size: 161 MB to download (most of it sound), 25 MB on disk.
+* Expected: 785 captioned pictures.
 * Writes `DIR/stamps/`: `images/` (transparency flattened onto white, RGB PNG, original size), `captions.json`
   and `instructions.json` (85 % of each category), `test.json` (the other 15 %); `image` is relative to DIR.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import random
@@ -25,21 +25,22 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from tqdm import tqdm
 
-from llava_train.errors import DataError, LlavaTrainError
-from llava_train.files import atomic_folder, ensure_space, sha256_file, write_json
-
-Record = dict[str, Any]
+from data_prep.command import Dataset, say_built
+from data_prep.packages import check_sha256, run_client
+from data_prep.records import Record, RecordFile
+from llava_train.errors import DataError
+from llava_train.files import atomic_folder, ensure_space, write_json
 
 PACKAGE, VERSION, LICENCE = "tuxpaint-stamps-default", "2022.06.04-1", "GPL-2"
 SHA256 = "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"
 SOURCE = (PACKAGE, VERSION, LICENCE, SHA256)
 PAIRS = 785
+COUNTS = {"captions": 672, "instructions": 916, "test": 113}
 STAMPS, COPYRIGHT = "./usr/share/tuxpaint/stamps/", f"./usr/share/doc/{PACKAGE}/copyright"
 
 # Folder -> category, the deepest folder named here wins. A stamp under none of them (flags, people, weather:
@@ -101,23 +102,6 @@ class Stamp:
         return [f"caption {caption}"] + [f"name {folder}/{' '.join(words)}"] * bool(words)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build `DIR/stamps`; exit status 0 done, 1 failed, 2 wrong arguments."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("data_prep.tuxpaint_stamps", description=__doc__, formatter_class=raw)
-    parser.add_argument("--out", type=Path, default=Path("assets"), metavar="DIR", help="default: assets")
-    out = parser.parse_args(arguments).out
-    try:
-        built = build(out)
-    except (LlavaTrainError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    print(f"{out / 'stamps'}: {'made' if built else 'already there (delete the folder to make it again)'}")
-    return 0
-
-
 def build(out: Path) -> bool:
     """Make `out/stamps` whole or not at all; False if it is there already. DataError, StorageError."""
     if (out / "stamps").is_dir():
@@ -137,23 +121,6 @@ def build(out: Path) -> bool:
             write_json(folder / f"{name}.json", records)
     deb.unlink()
     return True
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """DataError that names file, expected and got digest, unless the file has the digest `expected`."""
-    got = sha256_file(path)
-    if got != expected:
-        raise DataError(f"{path}: wrong sha256: expected {expected}, got {got}; delete it and run again")
-
-
-def run_client(command: Sequence[str], folder: Path) -> None:
-    """Run a package client in `folder`, its progress on our stderr; DataError with its error if it fails."""
-    environment = os.environ | {"LC_ALL": "C.UTF-8"}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        told = [line for line in lines if line.startswith(("E:", "ERROR"))] or lines
-        raise DataError(f"{PurePath(command[0]).name} failed: {told[-1]}")
 
 
 def fetch_deb(downloads: Path) -> Path:
@@ -292,6 +259,21 @@ def _record(stamp: Stamp, kind: str, pairs: Iterable[tuple[str, str]]) -> Record
         turns.append({"from": "gpt", "value": answer})
     image = f"stamps/images/{stamp.name}.png"
     return {"id": f"stamp-{stamp.name}-{kind}", "image": image, "conversations": turns}
+
+
+DATASET = Dataset(
+    name="tuxpaint_stamps",
+    document=__doc__,
+    parts={},
+    records=[RecordFile(f"stamps/{name}.json", count) for name, count in COUNTS.items()],
+    convert=lambda job: say_built(job.out / "stamps", build(job.out)),
+    out="assets",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see `Dataset.main`."""
+    return DATASET.main(arguments)
 
 
 if __name__ == "__main__":

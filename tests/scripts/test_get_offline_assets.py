@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
+from data_prep.packages import check_sha256, run_client
 from llava_train.errors import DataError
 from llava_train.files import write_json
 
@@ -125,7 +126,7 @@ def test_a_wrong_digest_names_file_expected_and_got(tmp_path: Path) -> None:
     path = tmp_path / "x.whl"
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"x\.whl.*expected 00ff, got e3b0c442"):
-        stamps.check_sha256(path, "00ff")
+        check_sha256(path, "00ff")
 
 
 def test_a_tampered_package_put_by_hand_is_refused(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_tampered_package_put_by_hand_is_refused(tmp_path: Path) -> None:
 def test_a_client_that_fails_is_one_line(tmp_path: Path) -> None:
     code = "import sys; print('noise\\nERROR: no such package\\nmore', file=sys.stderr); sys.exit(3)"
     with pytest.raises(DataError, match=r"failed: ERROR: no such package$"):
-        stamps.run_client([sys.executable, "-c", code], tmp_path)
+        run_client([sys.executable, "-c", code], tmp_path)
 
 
 def test_easy_vqa_records_name_split_and_answer_form() -> None:
