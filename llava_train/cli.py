@@ -25,6 +25,12 @@ _RECIPE_HELP = "a YAML file, e.g. configs/demo/stage1.yaml"
 _OVERRIDE_HELP = "change a key of the recipe, e.g. optimization.learning_rate=2e-4 output=runs/mine"
 _MODEL_HELP = "a run folder, an exported folder, or any stock LlavaForConditionalGeneration folder"
 
+_GOES_ON = {
+    "train": "; the same command goes on from the last checkpoint",
+    "demo": "; the same command goes on from the last checkpoint",
+    "prepare": "; the same command goes on with what is done",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's fault is one message, never a traceback (see --debug)."""
@@ -40,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"llava-train {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last checkpoint" if options.command in ("train", "demo") else ""
+        again = _GOES_ON.get(options.command, "")
         print(f"\nllava-train {options.command}: stopped{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
