@@ -15,9 +15,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import Dataset
-from data_prep.records import RecordFile
-from data_prep.transfer import Remote
+from data_prep.common.command import Dataset
+from data_prep.common.records import RecordFile
+from data_prep.common.transfer import Remote
 
 REVISION = "46f3d69f840e59d77d52e8decfe5baec97e94c7f"
 SOURCE = f"https://huggingface.co/datasets/pixparse/cc3m-wds/resolve/{REVISION}"

@@ -2,7 +2,7 @@
 
     python -m data_prep.dicom FOLDER --out data
 
-* What: every DICOM file in FOLDER and below; 8-bit RGB pictures (see data_prep/dicom_pixels.py), each frame of
+* What: every DICOM file in FOLDER and below; 8-bit RGB pictures (see data_prep/common/dicom_pixels.py), each frame of
   a multi-frame file its own (`--frames N`: N of them, evenly spread).
 * Licence: that of your files. Size: about that of your files. Expected: a record for each frame.
 * Captions say modality, part of the body, side and view. They are made of the words in this script alone,
@@ -41,9 +41,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.command import guarded, positive, say
-from data_prep.records import Record, question, write_array
-from data_prep.transfer import full_disk
+from data_prep.common.command import guarded, positive, say
+from data_prep.common.records import Record, question, write_array
+from data_prep.common.transfer import full_disk
 from llava_train.errors import DataError, StorageError
 from llava_train.files import atomic_folder, ensure_space, write_json
 
@@ -200,7 +200,7 @@ def convert_file(task: Task) -> Result:
 def _convert_file(task: Task) -> Result:
     import pydicom
 
-    from data_prep.dicom_pixels import frames
+    from data_prep.common.dicom_pixels import frames
 
     dataset = pydicom.dcmread(task.path)
     burned_in = str(dataset.get("BurnedInAnnotation") or "").upper()

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.command import Dataset, say_built
-from data_prep.records import Record, RecordFile
+from data_prep.common.command import Dataset, say_built
+from data_prep.common.records import Record, RecordFile
 from llava_train.demo import easy_vqa
 from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, write_json

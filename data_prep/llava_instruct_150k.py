@@ -16,10 +16,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import Dataset
-from data_prep.image_sets import COCO
-from data_prep.records import RecordFile
-from data_prep.transfer import Remote
+from data_prep.common.command import Dataset
+from data_prep.common.image_sets import COCO
+from data_prep.common.records import RecordFile
+from data_prep.common.transfer import Remote
 
 SOURCE = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_instruct_150k.json"
 JSON = "llava_instruct_158k.json"

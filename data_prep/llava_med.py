@@ -25,12 +25,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from data_prep.archives import tar_files
-from data_prep.command import Dataset, Job, needed, say
-from data_prep.fetching import fetch_links
-from data_prep.pictures import as_jpeg
-from data_prep.records import Record, RecordFile, pictures_of, read_array, write_array, write_available
-from data_prep.transfer import FetchError, Remote, full_disk
+from data_prep.common.archives import tar_files
+from data_prep.common.command import Dataset, Job, needed, say
+from data_prep.common.fetching import fetch_links
+from data_prep.common.pictures import as_jpeg
+from data_prep.common.records import Record, RecordFile, pictures_of, read_array, write_array, write_available
+from data_prep.common.transfer import FetchError, Remote, full_disk
 from llava_train.errors import DataError
 from llava_train.files import inside
 

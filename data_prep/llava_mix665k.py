@@ -4,11 +4,11 @@
     python -m data_prep.llava_mix665k --out data --only annotations,coco
 
 * What: the instruction data of LLaVA-1.5's stage 2 (configs/llava-1.5/*-stage2*.yaml).
-* From: https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K and the sets in data_prep/image_sets.py.
-* Licence: CC-BY-4.0 and OpenAI's terms of use; the pictures as data_prep/image_sets.py says.
+* From: https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K and the sets in data_prep/common/image_sets.py.
+* Licence: CC-BY-4.0 and OpenAI's terms of use; the pictures as data_prep/common/image_sets.py says.
 * Size: 67 GB to download (1.03 GB of it JSON), as much again on disk while it is unpacked.
 * Expected: 665,298 records: COCO 364,100, Visual Genome 86,417, OCR-VQA 80,000, GQA 72,140, TextVQA 21,953,
-  without a picture 40,688 (haotian-liu/LLaVA, issue 657); the pictures as data_prep/image_sets.py says.
+  without a picture 40,688 (haotian-liu/LLaVA, issue 657); the pictures as data_prep/common/image_sets.py says.
 * OCR-VQA: most links to its pictures are dead. `ocr_vqa_hub` takes them from a copy that was made in time
   (https://huggingface.co/datasets/howard-hou/OCR-VQA), `ocr_vqa_links` tries the links of those still lacking
   (`--limit N`: at most N). The dead are counted, and listed in `DIR/ocr_vqa/missing.jsonl`; whatever came (GIF,
@@ -22,10 +22,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import Dataset, Job, needed
-from data_prep.image_sets import COCO, GQA, OCR_VQA, OCR_VQA_HUB, TEXTVQA, VISUAL_GENOME, fetch_ocr_vqa, take_ocr_vqa
-from data_prep.records import RecordFile, pictures_of, read_array, write_available
-from data_prep.transfer import Remote
+from data_prep.common.command import Dataset, Job, needed
+from data_prep.common.image_sets import (
+    COCO,
+    GQA,
+    OCR_VQA,
+    OCR_VQA_HUB,
+    TEXTVQA,
+    VISUAL_GENOME,
+    fetch_ocr_vqa,
+    take_ocr_vqa,
+)
+from data_prep.common.records import RecordFile, pictures_of, read_array, write_available
+from data_prep.common.transfer import Remote
 
 JSON, AVAILABLE = "llava_v1_5_mix665k.json", "llava_v1_5_mix665k_available.json"
 SOURCE = f"https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/{JSON}"

@@ -16,10 +16,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.archives import Archive
-from data_prep.command import Dataset
-from data_prep.records import RecordFile
-from data_prep.transfer import Remote
+from data_prep.common.archives import Archive
+from data_prep.common.command import Dataset
+from data_prep.common.records import RecordFile
+from data_prep.common.transfer import Remote
 
 SOURCE, FOLDER = "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/", "LLaVA-Pretrain"
 JSON, RECORDS = "blip_laion_cc_sbu_558k.json", 558_128

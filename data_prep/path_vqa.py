@@ -17,10 +17,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import Dataset, Job
-from data_prep.records import RecordFile, write_array
-from data_prep.transfer import Remote
-from data_prep.vqa import listed_parquet, parquet_records
+from data_prep.common.command import Dataset, Job
+from data_prep.common.records import RecordFile, write_array
+from data_prep.common.transfer import Remote
+from data_prep.common.vqa import listed_parquet, parquet_records
 
 LIST = Remote("https://huggingface.co/api/datasets/flaviagiammarino/path-vqa/parquet", "path_vqa/parquet/list.json")
 SPLITS = {"train": 19_654, "validation": 6_259, "test": 6_719}

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import llava_pretrain
-from data_prep.command import Dataset, Job
-from data_prep.image_sets import COCO
-from data_prep.records import RecordFile, available, write_available
-from data_prep.transfer import Remote
+from data_prep.common.command import Dataset, Job
+from data_prep.common.image_sets import COCO
+from data_prep.common.records import RecordFile, available, write_available
+from data_prep.common.transfer import Remote
 from llava_train.files import inside
 
 SOURCE = "https://huggingface.co/datasets/Lin-Chen/ShareGPT4V/resolve/main"

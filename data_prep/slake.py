@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.archives import Archive
-from data_prep.command import Dataset, Job
-from data_prep.records import Record, RecordFile, question, read_array, write_array
-from data_prep.transfer import Remote
+from data_prep.common.archives import Archive
+from data_prep.common.command import Dataset, Job
+from data_prep.common.records import Record, RecordFile, question, read_array, write_array
+from data_prep.common.transfer import Remote
 from llava_train.errors import DataError
 
 SOURCE = "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main"

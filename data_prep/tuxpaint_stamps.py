@@ -30,9 +30,9 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.command import Dataset, say_built
-from data_prep.packages import check_sha256, run_client
-from data_prep.records import Record, RecordFile
+from data_prep.common.command import Dataset, say_built
+from data_prep.common.packages import check_sha256, run_client
+from data_prep.common.records import Record, RecordFile
 from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, write_json
 

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.command import Dataset, Job, needed
-from data_prep.records import Record, RecordFile, read_array, write_array, write_available
-from data_prep.transfer import Remote
+from data_prep.common.command import Dataset, Job, needed
+from data_prep.common.records import Record, RecordFile, read_array, write_array, write_available
+from data_prep.common.transfer import Remote
 from llava_train.errors import DataError
 from llava_train.files import inside
 

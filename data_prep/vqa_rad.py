@@ -17,10 +17,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from data_prep.command import Dataset, Job, needed
-from data_prep.records import RecordFile, write_array
-from data_prep.transfer import Remote
-from data_prep.vqa import parquet_records
+from data_prep.common.command import Dataset, Job, needed
+from data_prep.common.records import RecordFile, write_array
+from data_prep.common.transfer import Remote
+from data_prep.common.vqa import parquet_records
 
 REVISION = "bcf91e7654fb9d51c8ab6a5b82cacf3fafd2fae9"
 SOURCE = f"https://huggingface.co/datasets/flaviagiammarino/vqa-rad/resolve/{REVISION}/data"

@@ -41,7 +41,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep import easy_vqa, tuxpaint_stamps
-from data_prep.packages import check_sha256, run_client
+from data_prep.common.packages import check_sha256, run_client
 from llava_train.errors import DataError, LlavaTrainError
 from llava_train.files import atomic_folder, ensure_space, read_json, sha256_file, write_json
 

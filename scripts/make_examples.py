@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the binary files under tests/data/examples: pictures, a video, a tar, Parquet files, a `datasets` folder.
 
-The JSON files there are written by hand, and so is every `expected.json`.
+The JSON files there are written by hand; `expected.json` says what each record must become.
 """
 
 from __future__ import annotations

@@ -53,11 +53,11 @@ HOSTILE = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "root" / "sub").mkdir(parents=True)
-    (tmp_path / "root" / "link").symlink_to(tmp_path)
-    (tmp_path / "root" / "lost").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "root" / "short").symlink_to("sub")
-    return tmp_path / "root"
+    (tmp_path / "top" / "sub").mkdir(parents=True)
+    (tmp_path / "top" / "link").symlink_to(tmp_path)
+    (tmp_path / "top" / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "top" / "short").symlink_to("sub")
+    return tmp_path / "top"
 
 
 @pytest.mark.parametrize("path", HOSTILE)
@@ -86,9 +86,9 @@ def test_the_root_itself_may_be_a_link_and_may_change(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (tmp_path / "root").unlink(missing_ok=True)
-        (tmp_path / "root").symlink_to(tmp_path / name)
-        for root in (tmp_path / "root", Path("root")):
+        (tmp_path / "top").unlink(missing_ok=True)
+        (tmp_path / "top").symlink_to(tmp_path / name)
+        for root in (tmp_path / "top", Path("root")):
             assert inside(root, "a.png") == tmp_path / name / "a.png"
 
 
@@ -152,7 +152,7 @@ assert opened == [], opened
 
 
 def test_no_byte_outside_the_root_is_read(tmp_path: Path) -> None:
-    root = tmp_path / "root"
+    root = tmp_path / "top"
     (root / "sub").mkdir(parents=True)
     for place in (root / "good.png", tmp_path / "secret.png"):
         Image.new("RGB", (2, 2)).save(place)
@@ -161,7 +161,7 @@ def test_no_byte_outside_the_root_is_read(tmp_path: Path) -> None:
     (root / "zero").symlink_to("/dev/zero")
     os.mkfifo(root / "pipe")
     outside = str(tmp_path / "secret.png")
-    hostile = ["../secret.png", "sub/../../secret.png", outside, "out.png", "up/secret.png", "up/../root/../secret.png"]
+    hostile = ["../secret.png", "sub/../../secret.png", outside, "out.png", "up/secret.png", "up/../top/../secret.png"]
     hostile += [f"file://{outside}", "http://host/x.png", f"file:{outside}", "data:image/png;base64,AAAA"]
     hostile += ["pipe", "sub", "", ".", "zero", "/dev/zero", "/proc/self/environ"]
     command = [sys.executable, "-c", OPENED_FILES, str(root), *hostile]

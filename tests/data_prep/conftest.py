@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_prep import transfer
+from data_prep.common import transfer
 from tests.data_prep.server import Server, serving
 
 # pydicom is an extra: without it there is nothing to test.

@@ -15,7 +15,6 @@ from pyarrow import parquet
 
 from data_prep import (
     cc3m_wds,
-    image_sets,
     llava_instruct_150k,
     llava_med,
     llava_mix665k,
@@ -26,6 +25,7 @@ from data_prep import (
     video_chatgpt,
     vqa_rad,
 )
+from data_prep.common import image_sets
 from tests.data_prep.server import Server
 
 Files = dict[str, bytes]

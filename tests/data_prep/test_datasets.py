@@ -15,19 +15,15 @@ from PIL import Image
 
 import data_prep
 from data_prep import llava_mix665k
-from data_prep.archives import Archive
-from data_prep.command import Dataset
-from data_prep.records import read_array
-from data_prep.transfer import Remote
+from data_prep.common.archives import Archive
+from data_prep.common.command import Dataset
+from data_prep.common.records import read_array
+from data_prep.common.transfer import Remote
 from llava_train.data.formats import detect, parse_record
 from tests.data_prep.miniatures import MINIATURES, parquet_bytes, picture
 from tests.data_prep.server import Server
 
-ROOMS = {
-    "archives", "command", "dicom_pixels", "fetching", "image_sets", "packages", "pictures", "records", "transfer",
-    "vqa",
-}  # fmt: skip
-SCRIPTS = sorted({module.name for module in pkgutil.iter_modules(data_prep.__path__)} - ROOMS)
+SCRIPTS = sorted({module.name for module in pkgutil.iter_modules(data_prep.__path__) if not module.ispkg})
 HOSTS = [
     "https://huggingface.co/", "http://images.cocodataset.org/", "https://downloads.cs.stanford.edu/",
     "https://dl.fbaipublicfiles.com/", "https://cs.stanford.edu/", "http://books.example/",

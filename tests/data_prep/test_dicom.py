@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_prep import dicom
-from data_prep.dicom_pixels import frame_numbers, windowed
+from data_prep.common.dicom_pixels import frame_numbers, windowed
 
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16)

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from data_prep.packages import check_sha256, run_client
+from data_prep.common.packages import check_sha256, run_client
 from llava_train.errors import DataError
 from llava_train.files import write_json
 

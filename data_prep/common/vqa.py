@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.command import Job, needed
-from data_prep.pictures import BROKEN
-from data_prep.records import Record, question
-from data_prep.transfer import Remote
+from data_prep.common.command import Job, needed
+from data_prep.common.pictures import BROKEN
+from data_prep.common.records import Record, question
+from data_prep.common.transfer import Remote
 from llava_train.errors import DataError
 from llava_train.files import inside, read_json
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.archives import unpack
+from data_prep.common.archives import unpack
 from llava_train.errors import DataError, StorageError
 
 FILES = {"a/1.jpg": b"one", "a/b/2.jpg": b"two" * 1000, "3.txt": b""}

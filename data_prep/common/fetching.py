@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from data_prep.transfer import PASSING, FetchError, Remote, Stopped, Watch, download, mirrored, verify
+from data_prep.common.transfer import PASSING, FetchError, Remote, Stopped, Watch, download, mirrored, verify
 from llava_train.errors import DataError
 from llava_train.files import ensure_space, flush, inside, read_json, write_json
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from data_prep.transfer import Remote, full_disk
+from data_prep.common.transfer import Remote, full_disk
 from llava_train.errors import DataError
 from llava_train.files import ensure_space, inside, write_json
 

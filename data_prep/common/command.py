@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import Archive, unpack
-from data_prep.fetching import Fetcher, Ledger
-from data_prep.records import RecordFile, count_records
-from data_prep.transfer import Remote
+from data_prep.common.archives import Archive, unpack
+from data_prep.common.fetching import Fetcher, Ledger
+from data_prep.common.records import RecordFile, count_records
+from data_prep.common.transfer import Remote
 from llava_train.errors import DataError, LlavaTrainError
 from llava_train.files import inside
 

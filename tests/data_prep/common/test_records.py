@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pictures import as_jpeg
-from data_prep.records import count_records, read_array, write_array, write_available
-from data_prep.transfer import FetchError
+from data_prep.common.pictures import as_jpeg
+from data_prep.common.records import count_records, read_array, write_array, write_available
+from data_prep.common.transfer import FetchError
 from llava_train.errors import DataError
 from tests.data_prep.miniatures import picture
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.transfer import full_disk
+from data_prep.common.transfer import full_disk
 from llava_train.errors import DataError, RecordError
 from llava_train.files import flush
 

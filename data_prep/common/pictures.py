@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data_prep.transfer import FetchError, full_disk
+from data_prep.common.transfer import FetchError, full_disk
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 QUALITY = 95

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import fetching, llava_pretrain, transfer
-from data_prep.fetching import Fetcher, Ledger, fetch_links
-from data_prep.transfer import FetchError, Remote
+from data_prep import llava_pretrain
+from data_prep.common import fetching, transfer
+from data_prep.common.fetching import Fetcher, Ledger, fetch_links
+from data_prep.common.transfer import FetchError, Remote
 from llava_train.errors import DataError, StorageError
 from tests.data_prep.server import Served, Server
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def fetcher(root: Path, **more: object) -> Fetcher:
@@ -291,7 +292,8 @@ def test_a_disk_that_is_really_full(server: Server, tmp_path: Path) -> None:
         pytest.skip("a file system can be mounted by root only")
     server.put("http://x/big", CONTENT)
     code = (
-        "import sys; from pathlib import Path; from data_prep import transfer; from data_prep.transfer import *\n"
+        "import sys; from pathlib import Path; from data_prep.common import transfer\n"
+        "from data_prep.common.transfer import *\n"
         "transfer.ensure_space = lambda *_: None\n"
         "download(Remote(sys.argv[1], 'big'), sys.argv[1], Path(sys.argv[2], 'big'), Watch())"
     )

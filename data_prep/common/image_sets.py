@@ -19,12 +19,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from data_prep.archives import Archive
-from data_prep.command import Job, needed, say
-from data_prep.fetching import fetch_links
-from data_prep.pictures import as_jpeg, is_jpeg
-from data_prep.transfer import FetchError, Remote, full_disk
-from data_prep.vqa import listed_parquet, rows
+from data_prep.common.archives import Archive
+from data_prep.common.command import Job, needed, say
+from data_prep.common.fetching import fetch_links
+from data_prep.common.pictures import as_jpeg, is_jpeg
+from data_prep.common.transfer import FetchError, Remote, full_disk
+from data_prep.common.vqa import listed_parquet, rows
 from llava_train.errors import DataError
 from llava_train.files import inside, read_json, write_json
 

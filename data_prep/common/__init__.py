@@ -1,0 +1,1 @@
+"""What the data scripts share: the one command, downloading, unpacking, pictures, records, parquet."""
