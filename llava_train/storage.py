@@ -38,7 +38,10 @@ def _named(path: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # stores raise their own types: aiohttp's, botocore's, ImportError where one is missing
+    except ImportError as error:
+        extra = path.split("://", 1)[0].replace("https", "http")
+        raise DataError(f'{path}: cannot be read: {error}; try pip install "fsspec[{extra}]"') from error
+    except Exception as error:  # stores raise their own types: aiohttp's, botocore's, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
@@ -179,7 +182,7 @@ class Identities:
     def __init__(self, memory: Path) -> None:
         self.memory = memory
         self._known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # not there yet, or damaged: the files are read again
+        with suppress(OSError, ValueError, TypeError):  # not there yet, or damaged: the files are read again
             self._known.update(json.loads(memory.read_text(encoding="utf-8")))
 
     def of(self, path: str) -> str:

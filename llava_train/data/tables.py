@@ -71,11 +71,21 @@ def arrow_table(path: str) -> Any:
 
     Raises DataError where it is damaged or breaks off.
     """
-    return _table(path, file_stamp(path))
+    return _fetched(path) if is_remote(path) else _mapped(path, file_stamp(path))
 
 
-@lru_cache(maxsize=64)
-def _table(path: str, stamp: tuple[int, ...]) -> Any:
+@lru_cache(maxsize=1024)
+def _mapped(path: str, stamp: tuple[int, ...]) -> Any:
+    return _table(path)
+
+
+@lru_cache(maxsize=1)
+def _fetched(path: str) -> Any:
+    """A remote file, whole in memory."""
+    return _table(path)
+
+
+def _table(path: str) -> Any:
     import pyarrow as pa
 
     with open_binary(path) as stream, _readable(path, "arrow"):
@@ -176,10 +186,10 @@ def cell_bytes(ref: ImageRef) -> bytes:
     try:
         if _is_parquet(ref.path, stamp):
             starts = list(accumulate(_groups(ref.path, stamp), initial=0))
-            group = bisect_right(starts, ref.at) - 1
+            group = bisect_right(starts[:-1], ref.at) - 1
             value = _group_column(ref.path, group, ref.column, stamp)[ref.at - starts[group]]
         else:
-            value = _table(ref.path, stamp).column(ref.column)[ref.at]
+            value = arrow_table(ref.path).column(ref.column)[ref.at]
         value = value.values[ref.size] if _is_list(value.type) else value
         held = value["bytes"].as_py() if pa.types.is_struct(value.type) else value.as_py()
     except (LookupError, TypeError, pa.ArrowInvalid) as error:
@@ -206,4 +216,5 @@ def _group_column(path: str, group: int, column: str, stamp: tuple[int, ...]) ->
     import pyarrow.parquet as pq
 
     with open_binary(path) as stream, _readable(path, "parquet"):
-        return pq.ParquetFile(stream).read_row_group(group, columns=[column]).column(column)
+        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+    return table.column(column)
