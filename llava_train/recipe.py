@@ -258,6 +258,9 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     for part in ("train", "validation"):
         for index, source in enumerate(getattr(data, part)):
             checks += [(w, ("data", part, str(index), key), m) for w, key, m in _source_faults(source)]
+    for index, source in enumerate(data.validation):
+        shared = source.weight is not None or source.repeat != 1.0
+        checks.append((shared, ("data", "validation", str(index)), "weight and repeat are for training; use cap"))
     return [(key, message) for wrong, key, message in checks if wrong]
 
 

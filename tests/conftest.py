@@ -18,6 +18,15 @@ REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the corpora out unless `-m` names them, whatever else it says."""
+    if "corpus" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("corpus")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("corpus")]
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `vision/`, `llm/` and `data/`, never changed by a test."""

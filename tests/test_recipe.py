@@ -67,6 +67,13 @@ def test_all_faults_come_at_once_with_places_and_nearest_names(tmp_path: Path) -
         ([*COMPLETE, "engine.kind=deepspeed"], "needs a config file"),
         ([*COMPLETE, "optimization.epochs=0"], "must be above 0"),
         ([*COMPLETE, "data.validation_fraction=0.1", "data.validation=[{path: x}]"], "not both"),
+        ([*COMPLETE, "data.train=[{name: x}]"], r"data\.train\.0\.path: name the files \(path\) or a dataset"),
+        ([*COMPLETE, "data.train=[{path: x, hub: y}]"], r"data\.train\.0\.hub: set either path or hub"),
+        ([*COMPLETE, "data.train=[{path: x, weight: 2, repeat: 2}]"], "set either weight or repeat"),
+        ([*COMPLETE, "data.train=[{path: x, repeat: 0}]"], r"data\.train\.0\.repeat: must be above 0"),
+        ([*COMPLETE, "data.train=[{path: x}, {path: y, max_skipped: 2}]"], r"data\.train\.1\.max_skipped"),
+        ([*COMPLETE, "data.train=[{path: x, policy: skp}]"], "'skp' is none of error, skip"),
+        ([*COMPLETE, "data.validation=[{path: x, repeat: 2}]"], "weight and repeat are for training; use cap"),
     ],
 )
 def test_contradictions(tmp_path: Path, overrides: list[str], expected: str) -> None:

@@ -7,6 +7,7 @@ Whatever a picture is in the record (a path, a URL, a cell of a table, bytes), h
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,16 +77,19 @@ def parse_record(name: str, record: Any, place: str) -> Sample:
 
 
 def _fault(name: str, record: dict[str, Any], place: str, error: Exception) -> RecordError:
+    where = place
+    with suppress(RecordError):
+        where, _ = where_of(record, place)
     other = None if FORMATS[name].matches(record) else _recognised(record)
     if other:
-        message = f"{place}: cannot be read as {name}: it looks like {other}, {FORMATS[other].title}"
+        message = f"{where}: cannot be read as {name}: it looks like {other}, {FORMATS[other].title}"
         return RecordError(message, "wrong_format")
     if isinstance(error, RecordError):
         return error
     if isinstance(error, KeyError):
-        return RecordError(f"{place}: cannot be read as {name}: it has no {error}", "missing_key")
+        return RecordError(f"{where}: cannot be read as {name}: it has no {error}", "missing_key")
     told = shown(f"{type(error).__name__}: {error}")
-    return RecordError(f"{place}: cannot be read as {name} ({told})", "malformed")
+    return RecordError(f"{where}: cannot be read as {name} ({told})", "malformed")
 
 
 def _first(record: dict[str, Any], key: str) -> dict[str, Any]:

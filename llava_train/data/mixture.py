@@ -69,22 +69,23 @@ def mix(rows: Sequence[np.ndarray], shares: Sequence[Share], seed: int) -> Mixtu
     Weights divide an epoch that is as long as all (capped) sources together. Raises RecipeError where only
     some sources have a weight, or a source is left without a place.
     """
-    capped = [_capped(part, share.cap, seed, index) for index, (part, share) in enumerate(zip(rows, shares))]
+    taken = [capped(part, share.cap, seed, index) for index, (part, share) in enumerate(zip(rows, shares))]
     weights = [share.weight for share in shares]
     if any(weight is not None for weight in weights):
         if any(weight is None for weight in weights):
             raise RecipeError("data.train: give every source a weight, or none")
-        total, whole = sum(map(len, capped)), sum(weight or 0.0 for weight in weights)
+        total, whole = sum(map(len, taken)), sum(weight or 0.0 for weight in weights)
         counts = [round(total * (weight or 0.0) / whole) for weight in weights]
     else:
-        counts = [round(len(part) * share.repeat) for part, share in zip(capped, shares)]
+        counts = [round(len(part) * share.repeat) for part, share in zip(taken, shares)]
     for index, count in enumerate(counts):
-        if count < 1 or not len(capped[index]):
+        if count < 1 or not len(taken[index]):
             raise RecipeError(f"data.train.{index}: this source has no sample in an epoch; raise its weight or repeat")
-    return Mixture(tuple(Part(part, count) for part, count in zip(capped, counts)))
+    return Mixture(tuple(Part(part, count) for part, count in zip(taken, counts)))
 
 
-def _capped(rows: np.ndarray, cap: int | None, seed: int, index: int) -> np.ndarray:
+def capped(rows: np.ndarray, cap: int | None, seed: int, index: int) -> np.ndarray:
+    """At most `cap` rows of source number `index`, by chance, always the same for a seed."""
     if cap is None or len(rows) <= cap:
         return rows
     return np.sort(np.random.default_rng((seed, index, 2)).permutation(rows)[:cap])

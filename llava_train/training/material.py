@@ -13,7 +13,7 @@ from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset,
 from llava_train.data.encode import Encoder
 from llava_train.data.hub import hub_files
 from llava_train.data.media import Media
-from llava_train.data.mixture import Mixture, Share, mix
+from llava_train.data.mixture import Mixture, Share, capped, mix
 from llava_train.data.plan import MicroBatch, Plan, padding_share
 from llava_train.data.prepare import Source, prepare_set
 from llava_train.data.prepared import PreparedSet
@@ -118,7 +118,11 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
     shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
     if recipe.data.validation:
         held_out = prepare_set(sources_of(recipe, "validation"), cache, "validation", workers, rebuild)
-        return Prepared(train_set, held_out, mix(rows, shares, recipe.seed), np.arange(len(held_out)))
+        taken = [
+            capped(held_out.rows_of_source(number), source.cap, recipe.seed, number)
+            for number, source in enumerate(recipe.data.validation)
+        ]
+        return Prepared(train_set, held_out, mix(rows, shares, recipe.seed), np.concatenate(taken))
     kept, held = _hold_out(rows, recipe.data.validation_fraction, recipe.seed)
     return Prepared(train_set, train_set if len(held) else None, mix(kept, shares, recipe.seed), held)
 

@@ -237,6 +237,10 @@ def test_held_out_samples_are_not_trained_on(workplace: Path) -> None:
         tiny.make_recipe(workplace), ["data.validation_fraction=0", f"data.validation=[{{path: '{file}'}}]"]
     )
     assert len(prepare(recipe).validation_rows) == 24
+    capped = load_recipe(
+        workplace / "recipe.yaml", ["data.validation_fraction=0", f"data.validation=[{{path: '{file}', cap: 7}}]"]
+    )
+    assert len(prepare(capped).validation_rows) == 7
 
 
 def test_a_fraction_is_held_out_of_each_source(workplace: Path) -> None:
