@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_train.cli import build_parser, main
+from llava_train.arguments import build_parser
+from llava_train.cli import COMMANDS, main
 from tests import tiny
-
-COMMANDS = ["demo", "prepare", "inspect", "train", "evaluate", "export", "chat"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

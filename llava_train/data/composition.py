@@ -18,7 +18,8 @@ def statistics(prepared: PreparedSet) -> dict[str, Any]:
     `share` is a source's part of all tokens. Lengths are those of `max_length` after truncation.
     """
     lengths, supervised = prepared.lengths, prepared.supervised
-    truncated, pictures = prepared.column("truncated"), _pictures(prepared)
+    truncated = prepared.column("truncated")
+    pictures, rejected = _counts(prepared, "images"), _counts(prepared, "rejected_input_ids")
     total = int(lengths.sum())
     per_source = []
     for number in range(len(prepared.info["sources"])):
@@ -30,6 +31,7 @@ def statistics(prepared: PreparedSet) -> dict[str, Any]:
                 "tokens": tokens,
                 "supervised_tokens": int(supervised[rows].sum()),
                 "images": int(pictures[rows].sum()),
+                "pairs": int((rejected[rows] > 0).sum()),
                 "share": tokens / total,
                 "truncated_samples": int((truncated[rows] > 0).sum()),
             }
@@ -52,10 +54,11 @@ def statistics(prepared: PreparedSet) -> dict[str, Any]:
     }
 
 
-def _pictures(prepared: PreparedSet) -> np.ndarray:
+def _counts(prepared: PreparedSet, name: str) -> np.ndarray:
+    """Lengths of a column of lists, (samples,)."""
     import pyarrow.compute as pc
 
-    return np.asarray(pc.list_value_length(prepared.table.data.column("images")).to_numpy()[prepared.kept_rows])
+    return np.asarray(pc.list_value_length(prepared.table.data.column(name)).to_numpy()[prepared.kept_rows])
 
 
 def composition_table(info: dict[str, Any]) -> str:

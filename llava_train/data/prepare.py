@@ -71,6 +71,7 @@ def prepare_set(
         _check_places(source)
     identities = Identities(cache_dir / "files.json")
     digests = {file: identities.of(file) for source in sources for file in source.files}
+    identities.save()
     inputs = {"version": _VERSION, "sources": [_described(source, digests) for source in sources]}
     fingerprint = sha256_json(inputs)[:16]
     folder = cache_dir / fingerprint
@@ -78,7 +79,6 @@ def prepare_set(
         return PreparedSet(folder, read_json(folder / "prepared.json"))
     size = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file) and _is_text(file))
     ensure_space(cache_dir, 3 * size, "the prepared set (about 3 bytes a byte of JSON)")
-    identities.save()
     sources = [replace(source, format=find_format(source.files[0], source.format)) for source in sources]
     tasks = _tasks(sources, digests)
     with atomic_folder(folder) as temporary:

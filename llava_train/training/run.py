@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llava_train.data.composition import composition_table
 from llava_train.data.images import build_image_processor
 from llava_train.data.plan import Plan
 from llava_train.data.template_fit import resolve_template
@@ -139,11 +140,15 @@ def _announce(recipe: Recipe, engine: Any, assembly: Assembly, groups: list[Any]
     info = data.train.info
     say(tuning_table(assembly.model, recipe.tune, groups))
     say(f"engine: {engine.description}")
+    say(composition_table(info))
     say(
         f"data: {data.mixture.size:,} samples an epoch, {len(data.validation_rows):,} held out, "
         f"{info['mean_length']:.0f} tokens on average, {info['longest']} at most, "
         f"{info['truncated_samples']:,} truncated; {assembly.spec.image_tokens} tokens an image"
     )
+    pairs = sum(source["pairs"] for source in info["sources"])
+    if pairs:
+        say(f"data: {pairs:,} preference pairs: trained on the chosen answers")
     say(f"plan: {plan.total_steps:,} steps of {plan.global_batch_size} samples -> {recipe.output}")
 
 

@@ -33,8 +33,9 @@ def source(workplace: Path, **settings: Any) -> list[str]:
 
 
 def stamps(workplace: Path) -> dict[str, int]:
-    """When each finished piece was written."""
-    return {file.name: file.stat().st_mtime_ns for file in (workplace / "prepared" / "pieces").glob("[!.]*.arrow")}
+    """When each finished piece (its `.json` is written last) was written."""
+    finished = (workplace / "prepared" / "pieces").glob("[!.]*.json")
+    return {file.stem: file.with_suffix(".arrow").stat().st_mtime_ns for file in finished}
 
 
 def test_a_set_is_made_once_and_found_again(workplace: Path) -> None:
@@ -293,7 +294,7 @@ def test_ctrl_c_keeps_what_is_done(workplace: Path) -> None:
     command = [sys.executable, "-m", "llava_train", "prepare", str(recipe)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     folder, limit = workplace / "prepared" / "pieces", time.time() + 60
-    while len(list(folder.glob("[!.]*.arrow"))) < 3 and time.time() < limit:
+    while len(list(folder.glob("[!.]*.json"))) < 3 and time.time() < limit:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
