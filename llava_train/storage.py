@@ -129,15 +129,23 @@ def expand_paths(path: str) -> list[str]:
     """The files a source names: one file, a glob, numbers in braces (`shard-{00000..00331}.tar`), or a folder.
 
     A folder gives the shards in it: `.tar`, else `.parquet`, else `.arrow`, else `.jsonl`, else `.json` files.
-    Raises DataError where that is nothing.
+    Raises DataError where that is nothing, and for a name that is not UTF-8.
     """
+    found = _expanded(path)
+    for file in found:
+        if not file.isascii() and "\\udc" in ascii(file):
+            raise DataError(f"{file!a}: the file's name is not UTF-8; rename it")
+    return found
+
+
+def _expanded(path: str) -> list[str]:
     braces = _BRACES.search(path)
     if braces:
         low, high = braces.groups()
         if not int(low) <= int(high) < int(low) + _MAX_NUMBERS:
             raise DataError(f"{path}: {braces.group()} must count up, to at most {_MAX_NUMBERS:,} files")
         numbers = [str(number).zfill(len(low)) for number in range(int(low), int(high) + 1)]
-        return [file for number in numbers for file in expand_paths(path.replace(braces.group(), number, 1))]
+        return [file for number in numbers for file in _expanded(path.replace(braces.group(), number, 1))]
     if is_remote(path):
         return _expand_remote(path)
     if os.path.isdir(path):  # noqa: PTH112  (pathlib's raises for a name that is too long)
@@ -184,6 +192,7 @@ class Identities:
         self._known: dict[str, Any] = {}
         with suppress(OSError, ValueError, TypeError):  # not there yet, or damaged: the files are read again
             self._known.update(json.loads(memory.read_text(encoding="utf-8")))
+        self._saved = dict(self._known)
 
     def of(self, path: str) -> str:
         """Hex digest that changes when the file does; DataError where there is no such file."""
@@ -204,4 +213,6 @@ class Identities:
 
     def save(self) -> None:
         """Remember for the next start; another process may have learnt more meanwhile, which only costs time."""
-        write_json(self.memory, self._known)
+        if self._known != self._saved:
+            write_json(self.memory, self._known)
+            self._saved = dict(self._known)

@@ -69,6 +69,13 @@ def test_names_of_nothing_are_refused(tmp_path: Path, name: str) -> None:
         expand_paths(str(tmp_path / name))
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, os.fsdecode(b"\xff.json"))
+    for name in ("", "*.json"):
+        with pytest.raises(DataError, match="name is not UTF-8"):
+            expand_paths(str(tmp_path / name))
+
+
 def test_local_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "\0"):
         for read in (open_binary, lambda name: read_range(name, 0, 3), file_size):
@@ -85,8 +92,11 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     first = Identities(memory)
     digest = first.of(str(file))
     first.save()
+    written = memory.stat().st_mtime_ns
     known = Identities(memory)
     assert known.of(str(file)) == digest
+    known.save()
+    assert memory.stat().st_mtime_ns == written
     file.write_text("two")
     assert known.of(str(file)) != digest
     for damaged in ("[1]", "{", '"x"', '{"x": 1}'):
@@ -162,7 +172,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
+        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{found.server_port}"
         found.shutdown()
 

@@ -11,7 +11,7 @@ from typing import Any
 from llava_train.data.containers import CONTAINERS, detect_container
 from llava_train.data.formats import FORMATS, detect, parse_record
 from llava_train.data.media import Media, located, settle
-from llava_train.data.sample import ImageRef, Sample
+from llava_train.data.sample import ImageRef, Sample, Turn
 from llava_train.errors import DataError, RecordError
 
 _LOOKED_AT = 100
@@ -49,16 +49,19 @@ def read_samples(path: str, media: Media, name: str = "auto") -> Iterator[Sample
     for record, at in read_entries(path):
         try:
             sample = parse_record(name, record, f"{path}{at}")
-            yield replace(sample, turns=tuple(_opened(turn, path, media) for turn in sample.turns))
+            yield replace(sample, turns=tuple(_opened(turn, sample, path, media) for turn in sample.turns))
         except RecordError as error:
             yield error
 
 
-def _opened(turn: Any, path: str, media: Media) -> Any:
+def _opened(turn: Turn, sample: Sample, path: str, media: Media) -> Turn:
     parts: list[str | ImageRef] = []
     for part in turn.parts:
         if isinstance(part, str):
             parts.append(part)
-        else:
+            continue
+        try:
             parts += [located(ref, path, Path()) for ref in settle(part, media)]
+        except RecordError as error:
+            raise RecordError(f"{sample.where}: {error}", error.cause, error.hostile) from error
     return replace(turn, parts=tuple(parts))

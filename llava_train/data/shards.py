@@ -16,6 +16,7 @@ from llava_train.storage import open_binary
 
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 _BLOCK = 512
+_PADDING = 1 << 16
 
 
 def read_shard(path: str) -> Iterator[tuple[Any, str]]:
@@ -61,8 +62,11 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             if member.isreg():
                 yield member
         stream.seek(archive.offset)
-        if stream.read(_BLOCK) != bytes(_BLOCK):
+        end = stream.read(_PADDING)
+        if len(end) < _BLOCK or any(end[:_BLOCK]):
             raise tarfile.ReadError("no end-of-archive block where the members end")
+        if end.strip(b"\0"):
+            raise tarfile.ReadError("something follows the end of the archive (shards joined by cat?)")
 
 
 def _add(sample: dict[str, Any], kind: str, member: tarfile.TarInfo, stream: BinaryIO, place: str) -> None:

@@ -15,6 +15,7 @@ from llava_train.storage import file_stamp, is_remote, open_binary
 
 Row = tuple[Any, str]
 _BATCH = 256
+_BUFFER = 1 << 20
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -29,6 +30,21 @@ def _readable(path: str, kind: str) -> Iterator[None]:
         raise DataError(f"{path}: no readable {kind} file (damaged, or not copied whole?): {error}") from error
 
 
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """The reader of a Parquet file, which reads a little at a time: a row group may be larger than memory.
+
+    Read it without threads: one that waits for Python when the process ends brings it down.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_binary(path) as stream, _readable(path, "parquet"):
+        source = stream if is_remote(path) else pa.OSFile(path)
+        with pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as file:
+            yield file
+
+
 def parquet_groups(path: str) -> list[int]:
     """Rows of each row group, from the file's end. Raises DataError where that cannot be read."""
     return list(_groups(path, file_stamp(path)))
@@ -36,23 +52,18 @@ def parquet_groups(path: str) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _groups(path: str, stamp: tuple[int, ...]) -> tuple[int, ...]:
-    import pyarrow.parquet as pq
-
-    with open_binary(path) as stream, _readable(path, "parquet"):
-        metadata = pq.ParquetFile(stream).metadata
-        return tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    with _parquet(path) as file:
+        return tuple(file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
 
 
 def parquet_rows(path: str, first: int, count: int) -> Iterator[Row]:
     """The records of the row groups that begin within `count` rows from `first` on, and their places ("[12]")."""
-    import pyarrow.parquet as pq
-
     starts = accumulate(parquet_groups(path), initial=0)
     groups = [group for group, start in enumerate(starts) if first <= start < first + count]
-    with open_binary(path) as stream, _readable(path, "parquet"):
-        file = pq.ParquetFile(stream)
+    with _parquet(path) as file:
         row = first
-        for batch in file.iter_batches(_BATCH, row_groups=[g for g in groups if g < file.num_row_groups]):
+        held = [group for group in groups if group < file.num_row_groups]  # fewer where the file changed
+        for batch in file.iter_batches(_BATCH, row_groups=held, use_threads=False):
             yield from _records(batch, row, path)
             row += len(batch)
 
@@ -144,7 +155,7 @@ def holds_pictures(kind: Any) -> bool:
     kind = kind.value_type if _is_list(kind) else kind
     if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {kind.field(index).name for index in range(kind.num_fields)}
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def _references(column: Any, name: str, first: int) -> list[Any]:
@@ -213,8 +224,6 @@ def _is_parquet(path: str, stamp: tuple[int, ...]) -> bool:
 
 @lru_cache(maxsize=2)
 def _group_column(path: str, group: int, column: str, stamp: tuple[int, ...]) -> Any:
-    import pyarrow.parquet as pq
-
-    with open_binary(path) as stream, _readable(path, "parquet"):
-        table = pq.ParquetFile(stream).read_row_group(group, columns=[column])
+    with _parquet(path) as file:
+        table = file.read_row_group(group, columns=[column], use_threads=False)
     return table.column(column)

@@ -172,6 +172,8 @@ def test_a_shard_that_breaks_off_is_a_fault_wherever_it_does(tmp_path: Path) -> 
         assert len(good) >= end // 2048 - 1
     cut.write_bytes(content[: last + 512])
     assert len(entries(cut)) == 4
+    cut.write_bytes(content + content)
+    assert "joined by cat" in faults(cut)[0]
 
 
 def test_damaged_shards_never_end_the_reader(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ Each is kept or is a fault with a known cause, kept and faults are all that was 
 import itertools
 import json
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +29,6 @@ from llava_train.data.template_fit import resolve_template
 from llava_train.errors import DataError
 from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.recipe import load_recipe
-from llava_train.storage import open_binary
 from llava_train.training.material import prepare
 from tests import tiny
 
@@ -95,11 +93,12 @@ def records(draw: Any, name: str) -> Any:
     record = generator.choice(VALID[name])
     for _ in range(generator.choice([0, 1, 1, 1, 2, 2, 4])):
         value, odd = draw(VALUES), generator.choice(ODD_TEXTS)
+        other = generator.choice(VALID[generator.choice(sorted(VALID))])
         change = generator.choice(
             [
                 lambda _, value=value: value,
                 lambda _, odd=odd: odd,
-                lambda _, other=generator.choice(VALID[generator.choice(sorted(VALID))]): other,
+                lambda _, other=other: other,
                 lambda _: ...,
                 lambda old: [old],
                 lambda old: {"a": old},
@@ -258,15 +257,25 @@ def test_the_command_lists_every_malformed_record(workplace: Path) -> None:
     assert set(told["skipped"]) <= set(CAUSES)
 
 
-def test_bytes_that_are_not_utf8_are_the_fault_of_their_record(workplace: Path) -> None:
+@pytest.mark.parametrize("image", ["http://127.0.0.1:1/a.png", "file:///etc/passwd", "../data.json", "/dev/zero"])
+@pytest.mark.parametrize("verify", ["none", "header"])
+def test_no_policy_skips_a_hostile_picture(workplace: Path, image: str, verify: str) -> None:
     file = workplace / "data" / "data.json"
-    for path, joined in ((file, b",\n"), (workplace / "data" / "lines.jsonl", b"\n")):
-        rows = [json.dumps(row).encode() for row in json.loads((workplace / "data" / "data.json").read_bytes())][:20]
-        rows[3] = rows[3].replace(b"colour", b"col\xffour")
-        shutil.copy(file, workplace / "kept.json")
-        path.write_bytes(joined.join(rows) if path.suffix == ".jsonl" else b"[" + joined.join(rows) + b"]")
-        source = f"data.train=[{{path: '{path}', policy: skip, max_skipped: 1}}]"
-        info = prepare(load_recipe(tiny.make_recipe(workplace), [source])).train.info
-        assert info["sources"][0]["skipped"] == {"not_utf8": 1}
-        shutil.copy(workplace / "kept.json", file)
-    assert open_binary(str(file)).read(1) == b"["
+    rows = json.loads(file.read_text())
+    rows[2]["image"] = image
+    file.write_text(json.dumps(rows))
+    source = f"data.train=[{{path: '{file}', policy: skip, max_skipped: 1, verify: {verify}}}]"
+    with pytest.raises(DataError, match="no policy may skip") as caught:
+        prepare(load_recipe(tiny.make_recipe(workplace), [source]))
+    assert f"{file}[2] (id r2)" in str(caught.value) and "image_path: 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bytes.json", "bytes.jsonl"])
+def test_bytes_that_are_not_utf8_are_the_fault_of_their_record(workplace: Path, name: str) -> None:
+    rows = [json.dumps(row).encode() for row in json.loads((workplace / "data" / "data.json").read_bytes())]
+    rows[3] = rows[3].replace(b"colour", b"col\xffour")
+    file = workplace / "data" / name
+    file.write_bytes(b"\n".join(rows) if file.suffix == ".jsonl" else b"[" + b",".join(rows) + b"]")
+    source = f"data.train=[{{path: '{file}', policy: skip, max_skipped: 1}}]"
+    info = prepare(load_recipe(tiny.make_recipe(workplace), [source])).train.info
+    assert info["sources"][0]["skipped"] == {"not_utf8": 1}
