@@ -29,7 +29,7 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hex sha256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

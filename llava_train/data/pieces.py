@@ -101,8 +101,7 @@ def known_outcome(folder: Path, key: str) -> Outcome | None:
 def make_piece(piece: Piece, job: Job, folder: Path, key: str) -> Outcome:
     """Write `<key>.arrow`, `<key>.bin` (pictures from inside records) and `<key>.json`, each whole or not at all."""
     outcome = Outcome(key)
-    temporary = folder / f".{key}.{os.getpid()}"
-    rows, blobs = temporary.with_suffix(".arrow"), temporary.with_suffix(".bin")
+    rows, blobs = (folder / f".{key}.{os.getpid()}.{kind}" for kind in ("arrow", "bin"))
     try:
         with rows.open("wb") as stream, blobs.open("wb") as pictures, pa.ipc.new_stream(stream, SCHEMA) as writer:
             for made in _rows(piece, job, outcome, Keeper(pictures)):
@@ -158,6 +157,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Rows of the records that can be used; the others are added to `outcome`."""
     samples: list[tuple[str, Sample, list[int]]] = []
+    before, order = len(outcome.faults), {at: index for index, (_, at) in enumerate(entries)}
     for record, at in entries:
         try:
             samples.append((at, *_sample(record, f"{path}{at}", path, job, outcome.notes, keep)))
@@ -170,6 +170,7 @@ def rows_of(
             outcome.faults.append(Fault(at, result.cause, str(result)))
         else:
             rows.append(_row(at, sample, picture_sizes, *result))
+    outcome.faults[before:] = sorted(outcome.faults[before:], key=lambda fault: order[fault.at])
     return rows
 
 

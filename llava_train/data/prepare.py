@@ -155,8 +155,7 @@ def _tasks(sources: Sequence[Source], digests: dict[str, str]) -> Iterator[Piece
 
 
 def _key(piece: Piece, shaping: str, digest: str) -> str:
-    text = piece.text.encode(errors="surrogateescape").hex() if piece.tail else piece.text
-    return sha256_json([shaping, digest, piece.path, piece.first, piece.count, piece.tail, text])[:32]
+    return sha256_json([shaping, digest, piece.path, piece.first, piece.count, piece.tail, piece.text])[:32]
 
 
 def _make(

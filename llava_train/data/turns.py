@@ -119,7 +119,7 @@ def _from_parts(record: dict[str, Any], spoken: _SPOKEN, where: str) -> tuple[Tu
     turns = []
     for role, content in spoken:
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        turns.append(Turn(role, tuple(_part(part, waiting, where) for part in parts)))
+        turns.append(Turn(role, _fronted([_part(part, waiting, where) for part in parts])))
     for name, files in waiting.items():
         left = len(list(files))
         if left:
@@ -127,6 +127,15 @@ def _from_parts(record: dict[str, Any], spoken: _SPOKEN, where: str) -> tuple[Tu
             message = f"{where}: {held_in_all - left} {name} in the messages but {held_in_all} {name}"
             raise RecordError(message, "marker_count")
     return tuple(turns)
+
+
+def _fronted(parts: list[str | ImageRef]) -> tuple[str | ImageRef, ...]:
+    """A single picture goes to the front, followed by a newline; several stay where they stand."""
+    files = [part for part in parts if isinstance(part, ImageRef)]
+    if len(files) != 1:
+        return tuple(part for part in parts if part)
+    words = "".join(part for part in parts if isinstance(part, str)).strip()
+    return (files[0], *([f"\n{words}"] if words else []))
 
 
 def _part(part: Any, waiting: dict[str, Iterator[ImageRef]], where: str) -> str | ImageRef:
@@ -168,15 +177,12 @@ def _count(marker: str, marks: int, files: int, name: str, where: str) -> None:
 
 
 def _split(text: str, files: dict[str, Iterator[ImageRef]]) -> tuple[str | ImageRef, ...]:
-    """Text with markers -> parts. A single picture or video goes to the front, followed by a newline."""
+    """Text with markers -> parts."""
     marks = _MARKER.findall(text)
     if not marks:
         return (text,)
     pieces = _MARKER.split(text)
-    if len(marks) == 1:
-        words = "".join(pieces).strip()
-        return (next(files[marks[0]]), *([f"\n{words}"] if words else []))
-    parts: list[str | ImageRef] = [pieces[0]] if pieces[0] else []
+    parts: list[str | ImageRef] = [pieces[0]]
     for mark, piece in zip(marks, pieces[1:]):
-        parts += [next(files[mark]), *([piece] if piece else [])]
-    return tuple(parts)
+        parts += [next(files[mark]), piece]
+    return _fronted(parts)

@@ -221,8 +221,8 @@ def test_ids_are_text_or_numbers_or_the_place() -> None:
 
 def test_content_parts() -> None:
     shown = said([text("Look "), url("a.png"), {"type": "input_text", "text": "!"}], [text("A cat.")])
-    assert parts(shown) == [("Look ", PICTURE, "!"), ("A cat.",)]
-    assert parts(said([{"type": "image", "text": None}, text("?")], "x", images=["a.png"]))[0] == (PICTURE, "?")
+    assert parts(shown) == [(PICTURE, "\nLook !"), ("A cat.",)]
+    assert parts(said([{"type": "image", "text": None}, text("?")], "x", images=["a.png"]))[0] == (PICTURE, "\n?")
     assert parts(said([{"type": "image_url", "image_url": "a.png"}], "x"))[0] == (PICTURE,)
     assert parts(said([{"type": "image", "image": "a.png", "image_url": None}], "x"))[0] == (PICTURE,)
     assert parts(said([{"type": "video", "video": "a.mp4"}], "x"))[0] == (VIDEO,)
@@ -251,7 +251,7 @@ SPAN = ImageRef("", "span", 512, 9)
         ({"caption": "one"}, [(SPAN,), ("one",)]),
         ({"question": "x", "answer": "y", "image": "b.png"}, [(SPAN, "\n", "x"), ("y",)]),
         (record("<image>x", "y", image="b.png"), [(SPAN, "\nx"), ("y",)]),
-        (said([{"type": "image"}, text("x")], "y"), [(SPAN, "x"), ("y",)]),
+        (said([{"type": "image"}, text("x")], "y"), [(SPAN, "\nx"), ("y",)]),
     ],
 )
 def test_samples_of_shards(inner: Any, expected: Any) -> None:
