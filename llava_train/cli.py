@@ -95,7 +95,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from llava_train.data.composition import composition_table
+    from llava_train.data.preparing.composition import composition_table
     from llava_train.recipe import load_recipe
     from llava_train.training.material import padding_of, prepare
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from llava_train.data.images import pixel_values
-from llava_train.data.template import has_marks, portable
-from llava_train.data.template_fit import stop_token
+from llava_train.data.pictures.images import pixel_values
+from llava_train.data.templates.fit import stop_token
+from llava_train.data.templates.template import has_marks, portable
 from llava_train.errors import DataError
 from llava_train.model.assemble import Assembly
 from llava_train.model.llm import IMAGE_TOKEN

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.encode import IGNORE
-from llava_train.data.media import name_of, open_picture
-from llava_train.data.prepared import Row
+from llava_train.data.pictures.media import name_of, open_picture
+from llava_train.data.preparing.prepared import Row
 from llava_train.data.sample import ImageRef
 from llava_train.errors import RecordError
 from llava_train.inspection import Run, runs

@@ -78,9 +78,9 @@ def prepare_once(data: Path, cache: Path, workers: int) -> None:
     from transformers import AutoTokenizer
 
     from llava_train.data.encode import Encoder
-    from llava_train.data.media import Media
-    from llava_train.data.prepare import Source, prepare_set
-    from llava_train.data.template import load_template
+    from llava_train.data.pictures.media import Media
+    from llava_train.data.preparing.prepare import Source, prepare_set
+    from llava_train.data.templates.template import load_template
     from llava_train.model.llm import add_image_token
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)

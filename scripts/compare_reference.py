@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from llava_train.data.batch import Batch, collate
 from llava_train.data.encode import IGNORE
-from llava_train.data.images import build_image_processor, open_image, pixel_values
+from llava_train.data.pictures.images import build_image_processor, open_image, pixel_values
 from llava_train.errors import LlavaTrainError
 from llava_train.files import read_json
 from llava_train.model.assemble import join, llava_config, widths

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava_train.data.encode import Encoder, encode, expand
-from llava_train.data.formats import parse_llava
-from llava_train.data.template import load_template
+from llava_train.data.records.formats import parse_llava
+from llava_train.data.templates.template import load_template
 from llava_train.errors import DataError, LlavaTrainError
 from llava_train.model.llm import add_image_token
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_train.data.images import check_image, decode_image, open_image
+from llava_train.data.pictures.images import check_image, decode_image, open_image
 from llava_train.errors import DataError, RecordError, StorageError
 from llava_train.files import atomic_folder, ensure_space, inside, read_json, regular_file, write_json
 
@@ -126,7 +126,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 OPENED_FILES = """
 import os, sys
 from pathlib import Path
-from llava_train.data.images import check_image, open_image
+from llava_train.data.pictures.images import check_image, open_image
 from llava_train.errors import RecordError
 from llava_train.files import inside
 

@@ -19,10 +19,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from llava_train.data.containers import CONTAINERS
-from llava_train.data.hub import hub_files
-from llava_train.data.media import Media, open_picture
-from llava_train.data.reading import find_format, read_samples
+from llava_train.data.pictures.media import Media, open_picture
+from llava_train.data.records.containers import CONTAINERS
+from llava_train.data.records.hub import hub_files
+from llava_train.data.records.reading import find_format, read_samples
 from llava_train.data.sample import Sample
 from llava_train.errors import DataError, RecordError
 from llava_train.storage import Identities, expand_paths, file_size, is_remote, open_binary, read_range
@@ -274,7 +274,7 @@ def test_parts_of_splits_are_refused(hub_cache: Path) -> None:
 
 @pytest.mark.parametrize("offline", ["1", pytest.param("0", marks=pytest.mark.slow)])  # the library tries for 24 s
 def test_a_dataset_that_is_not_there_is_named_at_once(tmp_path: Path, offline: str) -> None:
-    code = "import sys; from llava_train.data.hub import hub_files; hub_files(sys.argv[1], None, 'train')"
+    code = "import sys; from llava_train.data.records.hub import hub_files; hub_files(sys.argv[1], None, 'train')"
     # A port that refuses stands for a network that is not there.
     environment = {
         **os.environ,

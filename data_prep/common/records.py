@@ -41,7 +41,7 @@ class RecordFile:
 
 def read_array(path: Path) -> Iterator[Record]:
     """The records of a JSON list, of a .jsonl, or of the tar shards in a folder, in flat memory; DataError."""
-    from llava_train.data.containers import CONTAINERS  # brings torch, which --help and downloads do without
+    from llava_train.data.records.containers import CONTAINERS  # brings torch, which --help and downloads do without
 
     kind = "jsonl" if path.suffix == ".jsonl" else "json"
     files = [(path, kind)] if not path.is_dir() else [(shard, "tar") for shard in sorted(path.glob("*.tar"))]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_train.data.images import open_image
+from llava_train.data.pictures.images import open_image
 from llava_train.files import write_json
 from llava_train.inference import Message, Prompt, message, read_pixels, stream
 from llava_train.model.assemble import Assembly

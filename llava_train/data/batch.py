@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_train.data.encode import IGNORE
-from llava_train.data.images import AspectRatio, pixel_values, with_aspect_ratio
-from llava_train.data.media import Media, open_picture
+from llava_train.data.pictures.images import AspectRatio, pixel_values, with_aspect_ratio
+from llava_train.data.pictures.media import Media, open_picture
 from llava_train.data.plan import MicroBatch, Plan, deal
-from llava_train.data.prepared import PreparedSet, Row
+from llava_train.data.preparing.prepared import PreparedSet, Row
 from llava_train.data.sample import ImageRef
 from llava_train.errors import RecordError
 

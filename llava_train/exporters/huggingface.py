@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_train.data.template import portable
+from llava_train.data.templates.template import portable
 from llava_train.errors import ExportError
 from llava_train.exporters.registry import TARGETS
 from llava_train.files import write_json

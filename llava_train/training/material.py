@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
-from llava_train.data.hub import hub_files
-from llava_train.data.media import Media
 from llava_train.data.mixture import Mixture, Share, capped, mix
+from llava_train.data.pictures.media import Media
 from llava_train.data.plan import MicroBatch, Plan, padding_share
-from llava_train.data.prepare import Source, prepare_set
-from llava_train.data.prepared import PreparedSet
-from llava_train.data.template_fit import resolve_template
+from llava_train.data.preparing.prepare import Source, prepare_set
+from llava_train.data.preparing.prepared import PreparedSet
+from llava_train.data.records.hub import hub_files
+from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import DataError, RecipeError
 from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import load_stock, model_folder

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from llava_train.data.composition import composition_table
-from llava_train.data.images import build_image_processor
+from llava_train.data.pictures.images import build_image_processor
 from llava_train.data.plan import Plan
-from llava_train.data.template_fit import resolve_template
+from llava_train.data.preparing.composition import composition_table
+from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.files import atomic_folder, ensure_space, sha256_json
 from llava_train.model.assemble import Assembly, assemble, with_spec

@@ -6,7 +6,7 @@ import pytest
 
 from llava_train import Chat, export, load_model
 from llava_train.chat.terminal import converse, one_shot
-from llava_train.data.images import open_image
+from llava_train.data.pictures.images import open_image
 from llava_train.errors import DataError
 from llava_train.inference import Prompt, answer, message, prompt_ids, read_pixels
 
@@ -45,8 +45,8 @@ def test_streaming_says_what_a_batch_says(assembly, parts: Path) -> None:
 def test_the_prompt_is_the_one_of_training(assembly, parts: Path) -> None:
     """The ids before the answer are those that `inspect` shows for the same record."""
     from llava_train.data.encode import Encoder, encode, expand
-    from llava_train.data.media import Media
-    from llava_train.data.reading import read_samples
+    from llava_train.data.pictures.media import Media
+    from llava_train.data.records.reading import read_samples
 
     sample = next(iter(read_samples(str(parts / "data" / "data.json"), Media(parts / "data"))))
     encoder = Encoder(assembly.tokenizer, assembly.template, assembly.spec.image_tokens, 256)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_train import load_recipe, prepare
 from llava_train.data.batch import BatchReader, ImageReader
-from llava_train.data.images import build_image_processor
+from llava_train.data.pictures.images import build_image_processor
 from llava_train.data.plan import MicroBatch
 from llava_train.errors import RecordError
 from tests import tiny

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from llava_train.data.encode import IGNORE, Encoded, Encoder, encode, encode_many, expand, messages_of
-from llava_train.data.formats import parse_llava
-from llava_train.data.template import load_template, template_names
+from llava_train.data.records.formats import parse_llava
+from llava_train.data.templates.template import load_template, template_names
 from llava_train.errors import RecordError
 from llava_train.model.llm import add_image_token
 from scripts import compare_tokens

@@ -19,7 +19,7 @@ from data_prep.common.archives import Archive
 from data_prep.common.command import Dataset
 from data_prep.common.records import read_array
 from data_prep.common.transfer import Remote
-from llava_train.data.formats import detect, parse_record
+from llava_train.data.records.formats import detect, parse_record
 from tests.data_prep.miniatures import MINIATURES, parquet_bytes, picture
 from tests.data_prep.server import Server
 

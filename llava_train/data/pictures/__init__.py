@@ -1,0 +1,1 @@
+"""Pictures and videos: from where their bytes are to RGB, safely."""

@@ -1,0 +1,105 @@
+"""A pool of processes over pieces: outcomes come back in the order of the pieces, a bounded number is under way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from llava_train.data.preparing.pieces import Job, Outcome, make_piece
+from llava_train.data.records.containers import Piece
+from llava_train.errors import TrainingError
+
+_UNDER_WAY = 2
+"""Pieces a worker may have waiting: enough that none waits, few enough that memory stays flat."""
+
+
+@dataclass(frozen=True)
+class PieceTask:
+    """A piece of source number `source` and the key of its result."""
+
+    source: int
+    piece: Piece
+    key: str
+
+
+def run_pieces(
+    tasks: Iterator[PieceTask],
+    jobs: Sequence[Job],
+    folder: Path,
+    known: Callable[[str], Outcome | None],
+    workers: int = 0,
+) -> Iterator[tuple[PieceTask, Outcome]]:
+    """Make each piece that `known` does not have already; a single piece is made in this process.
+
+    Raises TrainingError if a worker dies, naming what it may have been at.
+    """
+    _sweep(folder)
+    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 2
+    head = list(islice(tasks, 2))
+    tasks = chain(head, tasks)
+    if workers == 1 or len(head) < 2:
+        for task in tasks:
+            yield task, known(task.key) or make_piece(task.piece, jobs[task.source], folder, task.key)
+        return
+    # Forked workers share the tokenizers in memory and start at once; where there is no fork they are sent over.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tuple(jobs), folder)) as pool:
+        try:
+            yield from _in_order(tasks, pool, known, workers * _UNDER_WAY)
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _in_order(
+    tasks: Iterator[PieceTask], pool: ProcessPoolExecutor, known: Callable[[str], Outcome | None], limit: int
+) -> Iterator[tuple[PieceTask, Outcome]]:
+    waiting: deque[tuple[PieceTask, Outcome | Future[Outcome]]] = deque()
+    for task in chain(tasks, [None] * limit):
+        if task is not None:
+            waiting.append((task, known(task.key) or pool.submit(_work, task)))
+        if waiting and (len(waiting) >= limit or task is None):
+            first, outcome = waiting.popleft()
+            try:
+                yield first, outcome.result() if isinstance(outcome, Future) else outcome
+            except BrokenProcessPool as error:
+                raise TrainingError(
+                    f"a worker process died while preparing {first.piece.path} from record {first.piece.first} on, or "
+                    "a piece near it (killed, or out of memory?); what is done is kept: the same command goes on, "
+                    "with data.prepare_workers=1 in this process"
+                ) from error
+
+
+_jobs: tuple[Job, ...] = ()
+_folder = Path()
+
+
+def _start(jobs: tuple[Job, ...], folder: Path) -> None:
+    """In a worker: what every task needs; Ctrl-C is the parent's to handle."""
+    global _jobs, _folder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The tokenizers' threads do not survive a fork, and the pool keeps the cores busy without them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _jobs, _folder = jobs, folder
+
+
+def _work(task: PieceTask) -> Outcome:
+    return make_piece(task.piece, _jobs[task.source], _folder, task.key)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what dead processes left half written."""
+    for path in folder.glob(".*"):
+        pid = path.name.split(".")[2:3]
+        if pid and pid[0].isdigit() and not Path(f"/proc/{pid[0]}").exists():
+            path.unlink(missing_ok=True)

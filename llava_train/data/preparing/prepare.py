@@ -1,0 +1,195 @@
+"""Source files -> prepared set: every record parsed, checked and tokenised by a pool of processes.
+
+A cache folder holds `<fingerprint>/` (a set: `prepared.json`, `skipped.jsonl`) and `pieces/` (see `pieces.py`). The
+same inputs find the same set; a changed input rebuilds the pieces that it touches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from llava_train.data.encode import Encoder
+from llava_train.data.pictures.media import Media
+from llava_train.data.preparing.composition import statistics
+from llava_train.data.preparing.faults import FaultLog, find_doubles
+from llava_train.data.preparing.pieces import Job, Outcome, known_outcome
+from llava_train.data.preparing.pool import PieceTask, run_pieces
+from llava_train.data.preparing.prepared import PIECES, PreparedSet
+from llava_train.data.records.containers import CONTAINERS, Piece, detect_container
+from llava_train.data.records.reading import find_format
+from llava_train.errors import DataError
+from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, write_json
+from llava_train.storage import Identities, is_remote
+
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of records of one format, and how they are treated.
+
+    Attributes:
+        name: what reports call it.
+        files: the files, in order.
+        format: a row of FORMATS, or "auto".
+        encoder: tokenizer and template of this source.
+        media: where its pictures are and what they may be.
+        verify: how closely pictures are looked at (`llava_train.data.pictures.images.LEVELS`).
+        policy: "error": a record that cannot be used ends `prepare`; "skip": it is left out and counted.
+        max_skipped: largest share of records that "skip" may leave out.
+        duplicates: which doubles are faults: the same "id", the same "content", or none ("allow").
+        aspect_ratio: how its pictures are brought to the encoder's shape; None: as the recipe's `model` says.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    encoder: Encoder
+    media: Media
+    format: str = "auto"
+    verify: str = "header"
+    policy: Literal["error", "skip"] = "error"
+    max_skipped: float = 0.001
+    duplicates: Literal["id", "content", "allow"] = "id"
+    aspect_ratio: str | None = None
+
+
+def prepare_set(
+    sources: Sequence[Source], cache_dir: Path, name: str, workers: int = 0, rebuild: bool = False
+) -> PreparedSet:
+    """The prepared set of `sources`, from the cache if it was made before (unless `rebuild`).
+
+    `workers` processes share the work (0: one a core). Raises DataError that lists the faults by cause: those
+    that no policy may skip, all of a source whose policy is "error", or more than `max_skipped` of one.
+    """
+    for source in sources:
+        _check_places(source)
+    identities = Identities(cache_dir / "files.json")
+    digests = {file: identities.of(file) for source in sources for file in source.files}
+    identities.save()
+    inputs = {"version": _VERSION, "sources": [_described(source, digests) for source in sources]}
+    fingerprint = sha256_json(inputs)[:16]
+    folder = cache_dir / fingerprint
+    if (folder / "prepared.json").exists() and not rebuild:
+        return PreparedSet(folder, read_json(folder / "prepared.json"))
+    size = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file) and _is_text(file))
+    ensure_space(cache_dir, 3 * size, "the prepared set (about 3 bytes a byte of JSON)")
+    sources = [replace(source, format=find_format(source.files[0], source.format)) for source in sources]
+    tasks = _tasks(sources, digests)
+    with atomic_folder(folder) as temporary:
+        log = FaultLog(sources, temporary / "skipped.jsonl")
+        made = _make(tasks, sources, cache_dir, log, name, workers, rebuild)
+        info = {
+            "fingerprint": fingerprint,
+            "image_token_id": sources[0].encoder.image_token_id,
+            "dropped": [],
+            "sources": [_source_info(source, outcomes) for source, outcomes in zip(sources, made)],
+            "inputs": inputs,
+        }
+        if sum(log.kept):
+            info["dropped"] = find_doubles(PreparedSet(folder, info), sources, log)
+        log.judge(cache_dir / "faults.jsonl")
+        if not sum(log.kept):
+            raise DataError(f"{', '.join(source.name for source in sources)}: holds no record that can be used")
+        _complete(folder, info, log)
+        write_json(temporary / "prepared.json", info)
+    return PreparedSet(folder, info)
+
+
+def _complete(folder: Path, info: dict[str, Any], log: FaultLog) -> None:
+    """Add to `info` what is known when every record was read: counts, composition, lengths."""
+    found = statistics(PreparedSet(folder, info))
+    for number, (source, counted) in enumerate(zip(info["sources"], found.pop("by_source"))):
+        source.update({**log.counts(number), **counted})
+    info.update({"samples": sum(log.kept), "read": log.read, "skipped": log.faulty, **found})
+
+
+def _check_places(source: Source) -> None:
+    for file in source.files:
+        if not is_remote(file) and not Path(file).is_file():
+            raise DataError(f"{file}: no such file")
+    if not source.media.root.is_dir():
+        raise DataError(f"{source.media.root}: no such image root (of {source.name})")
+
+
+def _is_text(file: str) -> bool:
+    return not CONTAINERS[detect_container(file)].binary
+
+
+def _described(source: Source, digests: dict[str, str]) -> dict[str, Any]:
+    """Everything of a source that shapes its rows, for the fingerprint."""
+    return {
+        "files": [[file, digests[file]] for file in source.files],
+        "policy": source.policy,
+        "duplicates": source.duplicates,
+        **_shaping(source),
+    }
+
+
+def _shaping(source: Source) -> dict[str, Any]:
+    encoder = source.encoder
+    return {
+        "version": _VERSION,
+        "format": source.format,
+        "verify": source.verify,
+        "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
+        "tokenizer": sha256_json([encoder.tokenizer.backend_tokenizer.to_str(), encoder.tokenizer.special_tokens_map]),
+        "template": sha256_json(encoder.template),
+        "image_tokens": encoder.image_tokens,
+        "max_length": encoder.max_length,
+    }
+
+
+def _tasks(sources: Sequence[Source], digests: dict[str, str]) -> Iterator[PieceTask]:
+    for number, source in enumerate(sources):
+        shaping = sha256_json(_shaping(source))
+        for file in source.files:
+            container = CONTAINERS[detect_container(file)]
+            for piece in container.cut(file):
+                yield PieceTask(number, piece, _key(piece, shaping, digests[file] if container.binary else ""))
+
+
+def _key(piece: Piece, shaping: str, digest: str) -> str:
+    return sha256_json([shaping, digest, piece.path, piece.first, piece.count, piece.tail, piece.text])[:32]
+
+
+def _make(
+    tasks: Iterator[PieceTask],
+    sources: Sequence[Source],
+    cache_dir: Path,
+    log: FaultLog,
+    name: str,
+    workers: int,
+    rebuild: bool,
+) -> list[list[tuple[Piece, Outcome]]]:
+    """Run all pieces; the outcomes of each source in the order of its records."""
+    pieces = cache_dir / PIECES
+    pieces.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(s.format, s.encoder, s.media, s.verify) for s in sources]
+    made: list[list[tuple[Piece, Outcome]]] = [[] for _ in sources]
+    total = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file))
+    with tqdm(desc=f"prepare {name}", total=total or None, unit="B", unit_scale=True, delay=2) as bar:
+        known = (lambda key: None) if rebuild else (lambda key: known_outcome(pieces, key))
+        for task, outcome in run_pieces(tasks, jobs, pieces, known, workers):
+            log.add(task.source, task.piece.path, outcome)
+            made[task.source].append((replace(task.piece, text=""), replace(outcome, faults=[])))
+            bar.update(task.piece.size)
+            bar.set_postfix_str(f"{log.read:,} records, {log.faulty:,} faults", refresh=False)
+    return made
+
+
+def _source_info(source: Source, outcomes: list[tuple[Piece, Outcome]]) -> dict[str, Any]:
+    notes: Counter[str] = sum((outcome.notes for _, outcome in outcomes), start=Counter())
+    return {
+        "name": source.name,
+        "format": source.format,
+        "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
+        "aspect_ratio": source.aspect_ratio,
+        "notes": dict(notes),
+        "pieces": [{"path": piece.path, "key": outcome.key, "kept": outcome.kept} for piece, outcome in outcomes],
+    }

@@ -1,0 +1,1 @@
+"""Files of records -> samples: containers cut and read files, formats read records."""
