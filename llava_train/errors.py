@@ -27,11 +27,12 @@ class RecordError(DataError):
     Attributes:
         cause: the slug it is counted under ("image_missing", "control_token", ...).
         hostile: no policy may skip it (a path that leaves its root, a device instead of a file).
+        outside: the picture or video that is to blame, where it lies outside the record and may be mended there.
     """
 
-    def __init__(self, message: str, cause: str, hostile: bool = False) -> None:
-        super().__init__(message, cause, hostile)  # all three, so that it survives a pickle between processes
-        self.message, self.cause, self.hostile = message, cause, hostile
+    def __init__(self, message: str, cause: str, hostile: bool = False, outside: str = "") -> None:
+        super().__init__(message, cause, hostile, outside)  # all, so that it survives a pickle between processes
+        self.message, self.cause, self.hostile, self.outside = message, cause, hostile, outside
 
     def __str__(self) -> str:
         return self.message

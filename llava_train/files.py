@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -36,7 +37,10 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if re.search("[\\ud800-\\udfff]", text):  # half of a character can only be written as an escape
+        text = json.dumps(value, indent=2)
+    temporary.write_text(text + "\n", encoding="utf-8")
     flush(temporary)
     temporary.replace(path)
 
@@ -86,6 +90,24 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone left half written in `folder` (`.<name>.<process>.<anything>`)."""
+    for path in folder.glob(".*"):
+        process = path.name.split(".")[2:3]
+        if process and process[0].isdigit() and not _is_alive(int(process[0])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def ensure_space(folder: Path, needed: int, purpose: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_train.data.pictures.images import check_image, decode_image, open_image
 from llava_train.errors import DataError, RecordError, StorageError
-from llava_train.files import atomic_folder, ensure_space, inside, read_json, regular_file, write_json
+from llava_train.files import atomic_folder, ensure_space, inside, read_json, regular_file, sweep, write_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -177,3 +177,18 @@ def test_json_says_where_it_breaks(tmp_path: Path) -> None:
         read_json(tmp_path / "b.json")
     with pytest.raises(DataError, match="cannot be read"):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", ["é한", "half \ud800 of it", "plain"])
+def test_json_of_any_text_is_written_and_read(tmp_path: Path, text: str) -> None:
+    write_json(tmp_path / "a.json", {"text": text})
+    assert read_json(tmp_path / "a.json") == {"text": text}
+
+
+def test_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".a.999999999.tmp").mkdir()
+    (tmp_path / ".b.999999999.arrow").write_text("x")
+    (tmp_path / f".c.{os.getpid()}.arrow").write_text("x")
+    (tmp_path / ".hidden").write_text("x")
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f".c.{os.getpid()}.arrow", ".hidden"}

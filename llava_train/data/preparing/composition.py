@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llava_train.data.preparing.prepared import PreparedSet
+from llava_train.data.records.formats import FORMATS
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _LONGEST = 10
@@ -63,12 +64,12 @@ def _counts(prepared: PreparedSet, name: str) -> np.ndarray:
 
 def composition_table(info: dict[str, Any]) -> str:
     """The composition for a terminal, a line a source."""
-    rows = [("source", "format", "samples", "tokens", "supervised", "images", "share", "skipped")]
+    rows = [("source", "taken for", "samples", "tokens", "supervised", "images", "share", "skipped")]
     for source in info["sources"]:
         rows.append(
             (
                 source["name"],
-                source["format"],
+                FORMATS[source["format"]].title,
                 f"{source['samples']:,}",
                 f"{source['tokens']:,}",
                 f"{source['supervised_tokens']:,}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from llava_train.data.preparing.pieces import Fault, Outcome
 from llava_train.data.preparing.prepared import PreparedSet
@@ -119,7 +120,8 @@ def find_doubles(prepared: PreparedSet, sources: Sequence[Source], log: FaultLog
         rows = prepared.rows_of_source(number)
         hashes = prepared.column(columns[source.duplicates])[rows]
         _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        for index in np.flatnonzero(first[inverse] != np.arange(len(rows))):
+        found = np.flatnonzero(first[inverse] != np.arange(len(rows)))
+        for index in tqdm(found, desc=f"doubles in {source.name}", delay=2):
             row, earlier = int(rows[index]), int(rows[first[inverse[index]]])
             log.add_double(number, "", _double(prepared, row, earlier, source.duplicates))
             doubles.append(row)

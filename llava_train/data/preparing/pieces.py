@@ -70,6 +70,8 @@ class Fault:
     cause: str
     message: str
     hostile: bool = False
+    outside: str = ""
+    """The file beside the record that is to blame: the record may be good the next time."""
 
 
 @dataclass
@@ -87,15 +89,24 @@ class Outcome:
         return self.kept + len(self.faults)
 
 
-def known_outcome(folder: Path, key: str) -> Outcome | None:
-    """The outcome of a piece that was made before. One with faults is made again: its pictures may be there now."""
+def known_outcome(folder: Path, key: str, job: Job) -> Outcome | None:
+    """The outcome of a piece that was made before; None if what was wrong with a picture no longer is."""
     path = folder / f"{key}.json"
     if not path.is_file() or not (folder / f"{key}.arrow").is_file():
         return None
     values = read_json(path)
-    if values["faults"]:
-        return None
-    return Outcome(key, values["kept"], Counter(values["notes"]))
+    outcome = Outcome(key, values["kept"], Counter(values["notes"]), [Fault(**fault) for fault in values["faults"]])
+    return outcome if all(_still_wrong(fault, job) for fault in outcome.faults if fault.outside) else None
+
+
+def _still_wrong(fault: Fault, job: Job) -> bool:
+    frame = fault.cause.startswith("video")
+    ref = ImageRef(fault.outside, "frame", 0, job.media.video_frames) if frame else ImageRef(fault.outside)
+    try:
+        check_picture(ref, job.media, job.verify)
+    except RecordError as error:
+        return error.cause == fault.cause
+    return False
 
 
 def make_piece(piece: Piece, job: Job, folder: Path, key: str) -> Outcome:
@@ -162,7 +173,7 @@ def rows_of(
         try:
             samples.append((at, *_sample(record, f"{path}{at}", path, job, outcome.notes, keep)))
         except RecordError as error:
-            outcome.faults.append(Fault(at, error.cause, str(error), error.hostile))
+            outcome.faults.append(Fault(at, error.cause, str(error), error.hostile, error.outside))
     encoded = _encoded([sample for _, sample, _ in samples], job.encoder)
     rows = []
     for (at, sample, picture_sizes), result in zip(samples, encoded):
@@ -200,7 +211,8 @@ def _settled(ref: ImageRef, path: str, sample: Sample, job: Job) -> tuple[list[I
         # Inside a container a reference leaves its file out, in the row as well: the file may move.
         header = check_picture(located(settled[0], path, Path()), job.media, job.verify)
     except RecordError as error:
-        raise RecordError(f"{sample.where}: {error}", error.cause, error.hostile) from error
+        outside = ref.path if ref.kind in ("file", "frame", "url") else ""
+        raise RecordError(f"{sample.where}: {error}", error.cause, error.hostile, outside) from error
     return settled, header
 
 

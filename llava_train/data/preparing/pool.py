@@ -16,6 +16,7 @@ from pathlib import Path
 from llava_train.data.preparing.pieces import Job, Outcome, make_piece
 from llava_train.data.records.containers import Piece
 from llava_train.errors import TrainingError
+from llava_train.files import sweep
 
 _UNDER_WAY = 2
 """Pieces a worker may have waiting: enough that none waits, few enough that memory stays flat."""
@@ -34,20 +35,20 @@ def run_pieces(
     tasks: Iterator[PieceTask],
     jobs: Sequence[Job],
     folder: Path,
-    known: Callable[[str], Outcome | None],
+    known: Callable[[PieceTask], Outcome | None],
     workers: int = 0,
 ) -> Iterator[tuple[PieceTask, Outcome]]:
     """Make each piece that `known` does not have already; a single piece is made in this process.
 
     Raises TrainingError if a worker dies, naming what it may have been at.
     """
-    _sweep(folder)
+    sweep(folder)
     workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 2
     head = list(islice(tasks, 2))
     tasks = chain(head, tasks)
     if workers == 1 or len(head) < 2:
         for task in tasks:
-            yield task, known(task.key) or make_piece(task.piece, jobs[task.source], folder, task.key)
+            yield task, known(task) or make_piece(task.piece, jobs[task.source], folder, task.key)
         return
     # Forked workers share the tokenizers in memory and start at once; where there is no fork they are sent over.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
@@ -62,12 +63,12 @@ def run_pieces(
 
 
 def _in_order(
-    tasks: Iterator[PieceTask], pool: ProcessPoolExecutor, known: Callable[[str], Outcome | None], limit: int
+    tasks: Iterator[PieceTask], pool: ProcessPoolExecutor, known: Callable[[PieceTask], Outcome | None], limit: int
 ) -> Iterator[tuple[PieceTask, Outcome]]:
     waiting: deque[tuple[PieceTask, Outcome | Future[Outcome]]] = deque()
     for task in chain(tasks, [None] * limit):
         if task is not None:
-            waiting.append((task, known(task.key) or pool.submit(_work, task)))
+            waiting.append((task, known(task) or pool.submit(_work, task)))
         if waiting and (len(waiting) >= limit or task is None):
             first, outcome = waiting.popleft()
             try:
@@ -95,11 +96,3 @@ def _start(jobs: tuple[Job, ...], folder: Path) -> None:
 
 def _work(task: PieceTask) -> Outcome:
     return make_piece(task.piece, _jobs[task.source], _folder, task.key)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what dead processes left half written."""
-    for path in folder.glob(".*"):
-        pid = path.name.split(".")[2:3]
-        if pid and pid[0].isdigit() and not Path(f"/proc/{pid[0]}").exists():
-            path.unlink(missing_ok=True)

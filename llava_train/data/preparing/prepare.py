@@ -24,7 +24,7 @@ from llava_train.data.preparing.prepared import PIECES, PreparedSet
 from llava_train.data.records.containers import CONTAINERS, Piece, detect_container
 from llava_train.data.records.reading import find_format
 from llava_train.errors import DataError
-from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, write_json
+from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, sweep, write_json
 from llava_train.storage import Identities, is_remote
 
 _VERSION = 2
@@ -76,9 +76,13 @@ def prepare_set(
     fingerprint = sha256_json(inputs)[:16]
     folder = cache_dir / fingerprint
     if (folder / "prepared.json").exists() and not rebuild:
-        return PreparedSet(folder, read_json(folder / "prepared.json"))
+        info = read_json(folder / "prepared.json")
+        for source, stored in zip(sources, info["sources"]):
+            stored["name"] = source.name  # a name is for people: another one makes no other set
+        return PreparedSet(folder, info)
     size = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file) and _is_text(file))
-    ensure_space(cache_dir, 3 * size, "the prepared set (about 3 bytes a byte of JSON)")
+    ensure_space(cache_dir, 2 * size, "the prepared set (up to 2 bytes a byte of JSON)")
+    sweep(cache_dir)
     sources = [replace(source, format=find_format(source.files[0], source.format)) for source in sources]
     tasks = _tasks(sources, digests)
     with atomic_folder(folder) as temporary:
@@ -122,16 +126,17 @@ def _is_text(file: str) -> bool:
 
 
 def _described(source: Source, digests: dict[str, str]) -> dict[str, Any]:
-    """Everything of a source that shapes its rows, for the fingerprint."""
+    """Everything of a source that the set depends on, for the fingerprint."""
     return {
         "files": [[file, digests[file]] for file in source.files],
-        "policy": source.policy,
-        "duplicates": source.duplicates,
+        "policy": [source.policy, source.max_skipped, source.duplicates],
+        "aspect_ratio": source.aspect_ratio,
         **_shaping(source),
     }
 
 
 def _shaping(source: Source) -> dict[str, Any]:
+    """What a row of a source depends on besides its record."""
     encoder = source.encoder
     return {
         "version": _VERSION,
@@ -174,7 +179,10 @@ def _make(
     made: list[list[tuple[Piece, Outcome]]] = [[] for _ in sources]
     total = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file))
     with tqdm(desc=f"prepare {name}", total=total or None, unit="B", unit_scale=True, delay=2) as bar:
-        known = (lambda key: None) if rebuild else (lambda key: known_outcome(pieces, key))
+
+        def known(task: PieceTask) -> Outcome | None:
+            return None if rebuild else known_outcome(pieces, task.key, jobs[task.source])
+
         for task, outcome in run_pieces(tasks, jobs, pieces, known, workers):
             log.add(task.source, task.piece.path, outcome)
             made[task.source].append((replace(task.piece, text=""), replace(outcome, faults=[])))

@@ -1,7 +1,7 @@
 """The picture reader against broken pictures: Pillow's own corpus, and seeded mutations of good ones.
 
 Every look at a picture must end in "ok" or a RecordError with a known cause. The pictures are read in a child
-process, so that a death, a hang or the memory shows. To see one again: `python -m tests.data.test_image_corpus`.
+process, so that a death, a hang or the memory shows. To see one again, run this file as a module with `python -m`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def child(what: str, argument: str) -> None:
 
 def run_child(what: str, argument: str) -> dict:
     began = time.perf_counter()
-    command = [sys.executable, "-m", "tests.data.test_image_corpus", what, argument]
+    command = [sys.executable, "-m", "tests.data.pictures.test_image_corpus", what, argument]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
     last = (done.stdout.splitlines() or ["nothing"])[-1]
     assert done.returncode == 0, f"exit status {done.returncode} at {last}: {done.stderr[-2000:]}"

@@ -42,10 +42,12 @@ def stamps(workplace: Path) -> dict[str, int]:
 def test_a_set_is_made_once_and_found_again(workplace: Path) -> None:
     recipe = load_recipe(tiny.make_recipe(workplace))
     first = prepare(recipe)
-    before = {file: file.stat().st_mtime_ns for file in (workplace / "prepared").rglob("*")}
+    before = stamps(workplace)
+    made = (first.train.folder / "prepared.json").stat().st_mtime_ns
     again = prepare(recipe)
     assert again.train.folder == first.train.folder
-    assert {file: file.stat().st_mtime_ns for file in (workplace / "prepared").rglob("*")} == before
+    assert (first.train.folder / "prepared.json").stat().st_mtime_ns == made
+    assert stamps(workplace) == before
     assert len(first.train) == 24
     row = first.train.row(3)
     assert (row.id, row.place) == ("r3", f"{workplace}/data/data.json[3]")
@@ -182,8 +184,39 @@ def test_pictures_are_looked_at_as_closely_as_asked(workplace: Path, verify: str
     assert (skipped.get("image_missing", 0), skipped.get("image_unreadable", 0)) == (missing, cut)
 
 
+def test_a_piece_with_faults_is_kept_unless_they_are_mended(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsontext, "PIECE_RECORDS", 4)
+    spoil(workplace)
+    path = tiny.make_recipe(workplace)
+    with pytest.raises(DataError):
+        prepare(load_recipe(path))
+    before = stamps(workplace)
+    with pytest.raises(DataError, match=f"{len(BAD)} of 24"):
+        prepare(load_recipe(path))
+    assert stamps(workplace) == before
+    shutil.copy(workplace / "data" / "1.png", workplace / "data" / "6.png")
+    with pytest.raises(DataError, match=f"{len(BAD) - 1} of 24"):
+        prepare(load_recipe(path))
+    assert [name for name, stamp in stamps(workplace).items() if stamp != before[name]] != []
+    assert sum(stamp != before[name] for name, stamp in stamps(workplace).items()) == 1
+
+
+def test_settings_of_a_set_are_those_of_the_recipe(workplace: Path) -> None:
+    """Nothing that a source says is taken from an older set of the same rows."""
+    path = tiny.make_recipe(workplace)
+    prepare(load_recipe(path))
+    before = stamps(workplace)
+    square = prepare(load_recipe(path, source(workplace, image_aspect_ratio="square", name="new"))).train
+    assert (square.row(0).aspect_ratio, square.row(0).source) == ("square", "new")
+    assert prepare(load_recipe(path, source(workplace, name="newer"))).train.row(0).source == "newer"
+    assert stamps(workplace) == before
+    change(workplace, lambda records: records[0].update(image="gone.png"))
+    assert len(prepare(load_recipe(path, source(workplace, policy="skip", max_skipped=0.5))).train) == 23
+    with pytest.raises(DataError, match="more than max_skipped"):
+        prepare(load_recipe(path, source(workplace, policy="skip")))
+
+
 def test_a_picture_that_is_there_again_is_seen(workplace: Path) -> None:
-    """A piece with faults is not believed the next time, for what was wrong may be mended outside it."""
     content = (workplace / "data" / "0.png").read_bytes()
     (workplace / "data" / "0.png").unlink()
     path = tiny.make_recipe(workplace)
