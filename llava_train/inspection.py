@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.encode import IGNORE
 from llava_train.data.preparing.pieces import Job, Keeper, Outcome, rows_of
-from llava_train.data.preparing.prepare import Source
 from llava_train.data.preparing.prepared import Origin, Row, as_row
-from llava_train.data.records.reading import find_format, read_entries
+from llava_train.data.preparing.source import Source
+from llava_train.data.reading import find_format, read_entries
 from llava_train.errors import RecipeError, RecordError
 from llava_train.recipe import Recipe
 from llava_train.registry import suggest

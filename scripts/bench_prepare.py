@@ -79,7 +79,8 @@ def prepare_once(data: Path, cache: Path, workers: int) -> None:
 
     from llava_train.data.encode import Encoder
     from llava_train.data.pictures.media import Media
-    from llava_train.data.preparing.prepare import Source, prepare_set
+    from llava_train.data.preparing.prepare import prepare_set
+    from llava_train.data.preparing.source import Source
     from llava_train.data.templates.template import load_template
     from llava_train.model.llm import add_image_token
 

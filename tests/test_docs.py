@@ -2,7 +2,7 @@
 
 import re
 
-from llava_train.data.preparing.prepare import Source
+from llava_train.data.preparing.source import Source
 from llava_train.data.records.formats import FORMATS
 from llava_train.data.sample import CAUSES
 from llava_train.data.templates.template import template_names

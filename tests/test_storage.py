@@ -20,9 +20,9 @@ import fsspec
 import pytest
 
 from llava_train.data.pictures.media import Media, open_picture
+from llava_train.data.reading import find_format, read_samples
 from llava_train.data.records.containers import CONTAINERS
 from llava_train.data.records.hub import hub_files
-from llava_train.data.records.reading import find_format, read_samples
 from llava_train.data.sample import Sample
 from llava_train.errors import DataError, RecordError
 from llava_train.storage import Identities, expand_paths, file_size, is_remote, open_binary, read_range

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llava_train.data.batch import ImageReader
 from llava_train.data.pictures.media import Media, name_of
-from llava_train.data.records.reading import read_samples
+from llava_train.data.reading import read_samples
 from llava_train.data.sample import ImageRef, Sample
 from llava_train.errors import RecordError
 from llava_train.evaluation.metrics import constant_accuracy, exact_match, normalize

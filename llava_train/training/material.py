@@ -14,8 +14,9 @@ from llava_train.data.encode import Encoder
 from llava_train.data.mixture import Mixture, Share, capped, mix
 from llava_train.data.pictures.media import Media
 from llava_train.data.plan import MicroBatch, Plan, padding_share
-from llava_train.data.preparing.prepare import Source, prepare_set
+from llava_train.data.preparing.prepare import prepare_set
 from llava_train.data.preparing.prepared import PreparedSet
+from llava_train.data.preparing.source import Source
 from llava_train.data.records.hub import hub_files
 from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import DataError, RecipeError

@@ -46,7 +46,7 @@ def test_the_prompt_is_the_one_of_training(assembly, parts: Path) -> None:
     """The ids before the answer are those that `inspect` shows for the same record."""
     from llava_train.data.encode import Encoder, encode, expand
     from llava_train.data.pictures.media import Media
-    from llava_train.data.records.reading import read_samples
+    from llava_train.data.reading import read_samples
 
     sample = next(iter(read_samples(str(parts / "data" / "data.json"), Media(parts / "data"))))
     encoder = Encoder(assembly.tokenizer, assembly.template, assembly.spec.image_tokens, 256)

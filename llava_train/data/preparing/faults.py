@@ -7,17 +7,15 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from llava_train.data.preparing.pieces import Fault, Outcome
 from llava_train.data.preparing.prepared import PreparedSet
+from llava_train.data.preparing.source import Source
 from llava_train.errors import DataError
-
-if TYPE_CHECKING:
-    from llava_train.data.preparing.prepare import Source
 
 _SHOWN = 100
 """Faults of one cause that an error shows; the file has all."""

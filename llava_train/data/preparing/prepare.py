@@ -8,55 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from llava_train.data.encode import Encoder
-from llava_train.data.pictures.media import Media
 from llava_train.data.preparing.composition import statistics
 from llava_train.data.preparing.faults import FaultLog, find_doubles
 from llava_train.data.preparing.pieces import Job, Outcome, known_outcome
 from llava_train.data.preparing.pool import PieceTask, run_pieces
 from llava_train.data.preparing.prepared import PIECES, PreparedSet
+from llava_train.data.preparing.source import Source
+from llava_train.data.reading import find_format
 from llava_train.data.records.containers import CONTAINERS, Piece, detect_container
-from llava_train.data.records.reading import find_format
 from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, sweep, write_json
 from llava_train.storage import Identities, is_remote
 
 _VERSION = 2
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files of records of one format, and how they are treated.
-
-    Attributes:
-        name: what reports call it.
-        files: the files, in order.
-        format: a row of FORMATS, or "auto".
-        encoder: tokenizer and template of this source.
-        media: where its pictures are and what they may be.
-        verify: how closely pictures are looked at (`llava_train.data.pictures.images.LEVELS`).
-        policy: "error": a record that cannot be used ends `prepare`; "skip": it is left out and counted.
-        max_skipped: largest share of records that "skip" may leave out.
-        duplicates: which doubles are faults: the same "id", the same "content", or none ("allow").
-        aspect_ratio: how its pictures are brought to the encoder's shape; None: as the recipe's `model` says.
-    """
-
-    name: str
-    files: tuple[str, ...]
-    encoder: Encoder
-    media: Media
-    format: str = "auto"
-    verify: str = "header"
-    policy: Literal["error", "skip"] = "error"
-    max_skipped: float = 0.001
-    duplicates: Literal["id", "content", "allow"] = "id"
-    aspect_ratio: str | None = None
 
 
 def prepare_set(

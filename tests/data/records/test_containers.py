@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from llava_train.data.pictures.media import Media, open_picture
+from llava_train.data.reading import find_format, read_entries, read_samples
 from llava_train.data.records.containers import CONTAINERS, detect_container
 from llava_train.data.records.formats import FORMATS, parse_record
-from llava_train.data.records.reading import find_format, read_entries, read_samples
 from llava_train.data.sample import ImageRef, Sample
 from llava_train.errors import RecordError
 from llava_train.storage import open_binary

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_train.data.pictures.media import Media, located
+from llava_train.data.reading import find_format, read_entries, read_samples
 from llava_train.data.records import tables
 from llava_train.data.records.containers import CONTAINERS, detect_container
-from llava_train.data.records.reading import find_format, read_entries, read_samples
 from llava_train.data.sample import ImageRef, Sample
 from llava_train.errors import DataError, RecordError
 from tests.data.records.test_containers import entries, png, written
