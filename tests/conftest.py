@@ -10,14 +10,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell that starts the suite in the background has it ignore Ctrl-C, and every process it starts as well.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
 from tests import tiny
 
 REPOSITORY = Path(__file__).parent.parent
+# A shell that starts the suite in the background has it ignore Ctrl-C, and every process it starts as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
