@@ -64,7 +64,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "pictures as one block. With --jsonl: one JSON a record (id, input_ids, labels, image_token_id, image_tokens).",
     )
     _recipe_arguments(parser)
-    parser.add_argument("--n", type=int, help="only N records (default: 5, with --jsonl all)")
+    parser.add_argument("--n", type=_count, help="only N records (default: 5, with --jsonl all)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--id", help="the records of this id")
     which.add_argument("--longest", action="store_true", help="the longest records (prepares the set if it is missing)")
@@ -137,6 +137,13 @@ def _add_chat(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     _placement_arguments(parser)
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     _set_environment(options.debug)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left half done
     try:
         COMMANDS[options.command](options)
         return 0
@@ -95,19 +99,23 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from llava_train.data.preparing.composition import composition_table
+    from llava_train.data.preparing.composition import composition_table, epoch_line
     from llava_train.recipe import load_recipe
-    from llava_train.training.material import padding_of, prepare
+    from llava_train.training.material import epoch_of, padding_of, prepare
 
     recipe = load_recipe(options.recipe, options.overrides)
     prepared = prepare(recipe, rebuild=options.rebuild)
     info = prepared.train.info
     print(composition_table(info), file=sys.stderr)
+    print(epoch_line(epoch_of(prepared)), file=sys.stderr)
+    if prepared.validation is not None and prepared.validation is not prepared.train:
+        print(f"held out\n{composition_table(prepared.validation.info)}", file=sys.stderr)
     hidden = ("dropped", "inputs", "image_token_id", "sources", "fingerprint")
     result = {"folder": str(prepared.train.folder), "fingerprint": info["fingerprint"]}
     result |= {key: value for key, value in info.items() if key not in hidden}
     result["sources"] = [{k: v for k, v in source.items() if k != "pieces"} for source in info["sources"]]
-    result["epoch"], result["held_out"] = prepared.mixture.size, len(prepared.validation_rows)
+    result |= {"epoch": prepared.mixture.size, "epoch_by_source": epoch_of(prepared)}
+    result["held_out"] = len(prepared.validation_rows)
     print(json.dumps({**result, "padding": padding_of(recipe, prepared)}))
 
 
@@ -119,7 +127,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.jsonl:
-        for record in inspect(recipe, options.n):
+        choice = Choice(options.n, options.id, options.source, options.longest, options.random)
+        for record in inspect(recipe, choice=choice):
             print(json.dumps(record))
         return
     sources = sources_of(recipe)
@@ -131,7 +140,12 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"{options.html}: {shown} records", file=sys.stderr)
         return
     for row in rows:
-        print(coloured(row, tokenizer, image_id), end="\n\n")
+        print(coloured(row, tokenizer, image_id, _in_colour()), end="\n\n")
+
+
+def _in_colour() -> bool:
+    """Colour for a terminal, unless NO_COLOR asks for none; FORCE_COLOR asks for it anywhere (`| less -R`)."""
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
 def _train(options: argparse.Namespace) -> None:

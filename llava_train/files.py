@@ -7,15 +7,19 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llava_train.errors import DataError, RecordError, StorageError
+
+_ABANDONED_S = 24 * 3600
 
 
 def sha256_file(path: Path) -> str:
@@ -36,13 +40,16 @@ def sha256_json(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if re.search("[\\ud800-\\udfff]", text):  # half of a character can only be written as an escape
         text = json.dumps(value, indent=2)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -74,15 +81,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary folder is removed and `target` is as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(target)
     temporary.mkdir()
     try:
         yield temporary
         for path in sorted(temporary.rglob("*")):
             flush(path)
         flush(temporary)
-        replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+        replaced = temporary_beside(target)
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
@@ -92,22 +98,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this machine or on another with the same disk."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def sweep(folder: Path) -> None:
-    """Remove what processes that are gone left half written in `folder` (`.<name>.<process>.<anything>`)."""
-    for path in folder.glob(".*"):
-        process = path.name.split(".")[2:3]
-        if process and process[0].isdigit() and not _is_alive(int(process[0])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove temporary files and folders that nobody has touched for a day: their process ended in the middle.
 
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    Whether it still runs cannot be asked: it may run on another machine that shares the folder.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if path.lstat().st_mtime < time.time() - _ABANDONED_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def ensure_space(folder: Path, needed: int, purpose: str) -> None:

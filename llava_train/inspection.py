@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.encode import IGNORE
-from llava_train.data.preparing.pieces import Job, Keeper, Outcome, rows_of
 from llava_train.data.preparing.prepared import Origin, Row, as_row
+from llava_train.data.preparing.rows import Fault, Job, Keeper, rows_of
 from llava_train.data.preparing.source import Source
 from llava_train.data.reading import find_format, read_entries
 from llava_train.errors import RecipeError, RecordError
@@ -22,7 +22,6 @@ from llava_train.recipe import Recipe
 from llava_train.registry import suggest
 from llava_train.training.material import prepare, sources_of
 
-_GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 _CHUNK = 64
 
 
@@ -37,13 +36,13 @@ class Choice:
     random: bool = False
 
 
-def inspect(recipe: Recipe, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def inspect(recipe: Recipe, limit: int | None = None, choice: Choice | None = None) -> Iterator[dict[str, Any]]:
     """For each training record in order: `id, input_ids, labels, image_token_id, image_tokens`.
 
     Labels are unshifted, -100 where unsupervised. Raises RecordError at the first record that cannot be used.
     """
     sources = sources_of(recipe)
-    for row in choose(recipe, sources, Choice(n=limit)):
+    for row in choose(recipe, sources, choice or Choice(n=limit)):
         yield {
             "id": row.id,
             "input_ids": row.input_ids.tolist(),
@@ -56,7 +55,8 @@ def inspect(recipe: Recipe, limit: int | None = None) -> Iterator[dict[str, Any]
 def choose(recipe: Recipe, sources: list[Source], choice: Choice) -> Iterator[Row]:
     """The rows of a choice. In order they are read from the sources; by length or chance from the prepared set.
 
-    Raises RecipeError for a source or an id that is not there, RecordError for a record that cannot be used.
+    Raises RecipeError for a source or an id that is not there. A record that cannot be used is a RecordError when
+    its turn comes, unless its source skips such records or the choice is by id.
     """
     names = [source.name for source in sources]
     if choice.source is not None and choice.source not in names:
@@ -64,15 +64,22 @@ def choose(recipe: Recipe, sources: list[Source], choice: Choice) -> Iterator[Ro
     if choice.longest or choice.random:
         yield from _from_prepared(recipe, names, choice)
         return
-    rows = (row for source in sources if choice.source in (None, source.name) for row in _read(source))
-    if choice.id is not None:
-        rows = (row for row in rows if row.id == choice.id)
+    chosen = [source for source in sources if choice.source in (None, source.name)]
     found = 0
-    for row in islice(rows, choice.n):
+    for row in islice((row for source in chosen for row in _usable(source, choice)), choice.n):
         found += 1
         yield row
     if choice.id is not None and not found:
-        raise RecipeError(f"--id {choice.id}: no record of this recipe has this id")
+        raise RecipeError(f"--id {choice.id}: no record of this recipe that can be used has this id")
+
+
+def _usable(source: Source, choice: Choice) -> Iterator[Row]:
+    for item in _read(source):
+        if isinstance(item, Fault):
+            if choice.id in (None, item.id) and source.policy == "error":
+                raise RecordError(item.message, item.cause, item.hostile)
+        elif choice.id in (None, item.id):
+            yield item
 
 
 def _from_prepared(recipe: Recipe, names: list[str], choice: Choice) -> Iterator[Row]:
@@ -89,35 +96,49 @@ def _from_prepared(recipe: Recipe, names: list[str], choice: Choice) -> Iterator
         yield prepared.row(row)
 
 
-def _read(source: Source) -> Iterator[Row]:
-    """Rows of a source in order, made as `prepare` makes them, pictures not looked at."""
+def _read(source: Source) -> Iterator[Row | Fault]:
+    """Records of a source in order, made as `prepare` makes them, pictures not looked at."""
     job = Job(find_format(source.files[0], source.format), source.encoder, source.media, verify="none")
     with tempfile.TemporaryFile() as nowhere:
         for file in source.files:
             entries = read_entries(file)
-            origin = Origin(source.name, file, Path(), source.media, source.aspect_ratio)  # type: ignore[arg-type]
+            origin = Origin(source.name, file, Path(), source.media, source.aspect_ratio)
             while chunk := list(islice(entries, _CHUNK)):
-                outcome, keep = Outcome(""), Keeper(nowhere)
-                rows = rows_of(chunk, file, job, outcome, keep)
-                if outcome.faults:
-                    fault = outcome.faults[0]
-                    raise RecordError(fault.message, fault.cause, fault.hostile)
-                for values in rows:
-                    row = as_row(values, origin, source.encoder.image_token_id)
-                    yield replace(row, images=tuple(keep.bytes_of(ref) for ref in row.images))
+                keep = Keeper(nowhere)
+                made = rows_of(chunk, file, job, keep)
+                rows = {values["at"]: as_row(values, origin, source.encoder.image_token_id) for values in made.rows}
+                faults = {fault.at: fault for fault in made.faults}
+                for _, at in chunk:
+                    row = rows.get(at)
+                    yield faults[at] if row is None else replace(row, images=tuple(map(keep.bytes_of, row.images)))
 
 
-def coloured(row: Row, tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> str:
-    """A record for the terminal: supervised text green, the rest dim, neighbouring pictures as one block."""
+def coloured(row: Row, tokenizer: PreTrainedTokenizerBase, image_token_id: int, colour: bool = True) -> str:
+    """A record for the terminal: supervised text green, the rest dim, neighbouring pictures as one block.
+
+    Without `colour` supervised text stands between >> and <<. What would act on a terminal is shown as its escape.
+    """
     supervised = int((row.labels != IGNORE).sum())
-    pieces = [f"{row.id}  {row.place}  [{row.source}]: {len(row.input_ids)} tokens, {supervised} supervised\n"]
+    name = row.place if row.id == row.place else f"{row.id}  {row.place}"
+    pieces = [_tame(f"{name}  [{row.source}]: {len(row.input_ids)} tokens, {supervised} supervised") + "\n"]
     for run in runs(row, image_token_id):
-        if run.image_tokens:
-            pieces.append(f"{_DIM}[{_block(run.image_tokens)}]{_PLAIN}")
-        else:
-            text = tokenizer.decode(run.ids, skip_special_tokens=False)
-            pieces.append(f"{_GREEN if run.supervised else _DIM}{text}{_PLAIN}")
+        block = bool(run.image_tokens)
+        text = f"[{_block(run.image_tokens)}]" if block else _tame(tokenizer.decode(run.ids, skip_special_tokens=False))
+        before, after = _MARKS[colour, run.supervised]
+        pieces.append(f"{before}{text}{after}")
     return "".join(pieces)
+
+
+_MARKS = {
+    (True, True): ("\033[32m", "\033[0m"),
+    (True, False): ("\033[2m", "\033[0m"),
+    (False, True): (">>", "<<"),
+    (False, False): ("", ""),
+}
+
+
+def _tame(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _block(image_tokens: tuple[int, ...]) -> str:

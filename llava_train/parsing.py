@@ -6,6 +6,7 @@ Nothing here knows what a recipe holds: it follows the annotations of the datacl
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -177,9 +178,19 @@ def _build_union(choices: tuple[Any, ...], value: Any, key: Key, places: Places,
         result = build(choice, value, key, places, attempt)
         if not attempt:
             return result
-    names = " or ".join("nothing" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
-    faults.append(Fault(key, f"must be {names}, not {_said(value)}"))
+    faults.append(Fault(key, f"must be {' or '.join(map(_choice, choices))}, not {_said(value)}"))
     return value
+
+
+def _choice(kind: Any) -> str:
+    if kind is type(None):
+        return "nothing"
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(kind)))
+    return _wanted(kind) if kind in _NAMES else getattr(kind, "__name__", str(kind))
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _build_scalar(kind: Any, value: Any, key: Key, faults: list[Fault]) -> Any:
@@ -188,7 +199,7 @@ def _build_scalar(kind: Any, value: Any, key: Key, faults: list[Fault]) -> Any:
     if kind is float:
         # YAML 1.1 reads 1e-3 as text; nobody means text by it.
         try:
-            if not isinstance(value, bool) and value is not None:
+            if not isinstance(value, bool) and value is not None and math.isfinite(float(value)):
                 return float(value)
         except (TypeError, ValueError):
             pass
@@ -199,7 +210,7 @@ def _build_scalar(kind: Any, value: Any, key: Key, faults: list[Fault]) -> Any:
 
 
 def _wanted(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+    return _NAMES.get(kind, str(kind))
 
 
 def _said(value: Any) -> str:

@@ -255,6 +255,15 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         ("checkpoint", "keep_last"): recipe.checkpoint.keep_last,
     }
     checks += [(value <= 0, key, f"must be above 0, not {value}") for key, value in positive.items()]
+    whole = {
+        ("data", "num_workers"): data.num_workers,
+        ("data", "prepare_workers"): data.prepare_workers,
+        ("checkpoint", "save_every"): recipe.checkpoint.save_every,
+        ("monitor", "eval_every"): recipe.monitor.eval_every,
+    }
+    checks += [(value < 0, key, f"must not be below 0, is {value}") for key, value in whole.items()]
+    steps = optimization.max_steps
+    checks.append((steps is not None and steps < 1, ("optimization", "max_steps"), f"must be above 0, not {steps}"))
     for part in ("train", "validation"):
         for index, source in enumerate(getattr(data, part)):
             checks += [(w, ("data", part, str(index), key), m) for w, key, m in _source_faults(source)]

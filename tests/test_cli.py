@@ -37,7 +37,7 @@ def test_prepare_inspect_train_evaluate_export_chat(workplace: Path, capsys: pyt
     assert rows[0]["input_ids"].count(rows[0]["image_token_id"]) == rows[0]["image_tokens"] == 4
     shown = result("inspect", recipe, "--n", "1")
     assert "[image x1: 4 tokens each]" in shown
-    assert "\033[32m It is red.</s>" in shown
+    assert ">> It is red.</s><<" in shown
     run = result("train", recipe, "optimization.max_steps=2").strip()
     assert run == str(workplace / "run")
     data = str(workplace / "data" / "data.json")

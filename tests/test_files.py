@@ -12,7 +12,16 @@ from PIL import Image
 
 from llava_train.data.pictures.images import check_image, decode_image, open_image
 from llava_train.errors import DataError, RecordError, StorageError
-from llava_train.files import atomic_folder, ensure_space, inside, read_json, regular_file, sweep, write_json
+from llava_train.files import (
+    atomic_folder,
+    ensure_space,
+    inside,
+    read_json,
+    regular_file,
+    sweep,
+    temporary_beside,
+    write_json,
+)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -185,10 +194,14 @@ def test_json_of_any_text_is_written_and_read(tmp_path: Path, text: str) -> None
     assert read_json(tmp_path / "a.json") == {"text": text}
 
 
-def test_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / ".a.999999999.tmp").mkdir()
-    (tmp_path / ".b.999999999.arrow").write_text("x")
-    (tmp_path / f".c.{os.getpid()}.arrow").write_text("x")
-    (tmp_path / ".hidden").write_text("x")
+def test_what_was_left_half_written_is_swept_after_a_day(tmp_path: Path) -> None:
+    old, new = temporary_beside(tmp_path / "a"), temporary_beside(tmp_path / "a")
+    assert old != new
+    for path in (old, new, tmp_path / ".hidden", tmp_path / "a"):
+        path.write_text("x")
+        os.utime(path, (0, 0))
+    os.utime(new)
+    temporary_beside(tmp_path / "b").mkdir()
     sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f".c.{os.getpid()}.arrow", ".hidden"}
+    assert {path.name for path in tmp_path.iterdir()} >= {new.name, ".hidden", "a"}
+    assert not old.exists()

@@ -38,7 +38,7 @@ def test_records_are_chosen(recipe, workplace: Path) -> None:
     assert chosen(recipe, n=2, random=True, source="more")[0].startswith("more:")
     with pytest.raises(RecipeError, match="did you mean 'more'"):
         chosen(recipe, source="mor")
-    with pytest.raises(RecipeError, match="no record of this recipe has this id"):
+    with pytest.raises(RecipeError, match="no record of this recipe that can be used has this id"):
         chosen(recipe, id="none")
 
 
@@ -76,6 +76,45 @@ def test_the_page_shows_pictures_prompt_and_what_is_supervised(workplace: Path, 
     assert text.count('<span class="image">image: 4 tokens</span>') == 3
     assert "<mark> It is red.&lt;/s&gt;</mark>" in text
     assert "http" not in text
+
+
+def test_a_bad_record_stands_in_the_way_of_itself_alone(workplace: Path) -> None:
+    file = workplace / "data" / "data.json"
+    records = json.loads(file.read_text())
+    records[3]["conversations"] = []
+    file.write_text(json.dumps(records))
+    recipe = load_recipe(tiny.make_recipe(workplace))
+    assert [name.split(":")[-1] for name in chosen(recipe, n=3)] == ["r0", "r1", "r2"]
+    assert [name.split(":")[-1] for name in chosen(recipe, id="r5")] == ["r5"]
+    for choice in ({"n": 4}, {"id": "r3"}):
+        with pytest.raises(RecordError, match="has no turns"):
+            chosen(recipe, **choice)
+    skipping = [{"path": str(file), "policy": "skip"}]
+    recipe = load_recipe(tiny.make_recipe(workplace, data__train=skipping))
+    assert [name.split(":")[-1] for name in chosen(recipe, n=4)] == ["r0", "r1", "r2", "r4"]
+
+
+def test_text_cannot_act_on_the_terminal(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    file = workplace / "data" / "data.json"
+    records = json.loads(file.read_text())
+    records[0]["conversations"][1]["value"] = "red \x1b]0;title\x07 \x1b[2J é"
+    file.write_text(json.dumps(records))
+    recipe = str(tiny.make_recipe(workplace))
+    assert main(["inspect", recipe, "--n", "1"]) == 0
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain and "\x07" not in plain
+    assert r">> red \x1b]0;title\x07 \x1b[2J é</s><<" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["inspect", recipe, "--n", "1"]) == 0
+    assert "\x1b[32m red " in capsys.readouterr().out
+
+
+def test_jsonl_shows_what_is_chosen(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(tiny.make_recipe(workplace))
+    assert main(["inspect", recipe, "--jsonl", "--id", "r3"]) == 0
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["r3"]
+    with pytest.raises(SystemExit):
+        main(["inspect", recipe, "--n", "-1"])
 
 
 def test_a_bad_record_is_named(workplace: Path, recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,8 +133,11 @@ class BatchReader:
             raise RecordError(f"{row.place} (id {row.id}): {error}", error.cause, error.hostile) from error
 
 
-class StepDataset(Dataset[list[Batch]]):
-    """Item n is step n: this rank's micro-batches. A pure function of the plan, so any step can come next."""
+class StepDataset(Dataset[list[Batch] | RecordError]):
+    """Item n is step n: this rank's micro-batches. A pure function of the plan, so any step can come next.
+
+    A picture that cannot be read any more is the item: a worker process could only raise it with its traceback.
+    """
 
     def __init__(self, reader: BatchReader, plan: Plan, place: tuple[int, int], micro: tuple[int, str]) -> None:
         """`place` is (rank, world size), `micro` is (micro-batch size, loss normalization)."""
@@ -145,7 +148,7 @@ class StepDataset(Dataset[list[Batch]]):
     def __len__(self) -> int:
         return self.plan.total_steps
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> list[Batch] | RecordError:
         prepared = self.reader.prepared
         dealt = deal(
             self.plan.step(step),
@@ -155,11 +158,17 @@ class StepDataset(Dataset[list[Batch]]):
             self.micro_batch_size,
             self.normalization,
         )
-        return [self.reader(micro_batch) for micro_batch in dealt[self.rank]]
+        try:
+            return [self.reader(micro_batch) for micro_batch in dealt[self.rank]]
+        except RecordError as error:
+            return error
 
 
 def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[list[Batch]]:
-    """Steps `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one)."""
+    """Steps `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one).
+
+    Raises RecordError naming the sample whose picture cannot be read any more.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -168,4 +177,7 @@ def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[l
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    for item in loader:
+        if isinstance(item, RecordError):
+            raise item
+        yield item

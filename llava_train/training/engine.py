@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import nn
 from llava_train.errors import RecipeError
 from llava_train.files import read_json
 from llava_train.recipe import Recipe
+
+_PATIENCE = timedelta(hours=2)
 
 
 class Engine:
@@ -196,7 +199,8 @@ def start_processes(recipe: Recipe) -> PartialState:
     # One OpenMP pool a process: ranks on one machine would otherwise fight over the cores.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and cpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return PartialState(cpu=cpu)
+    # Rank 0 may prepare data for longer than the ten minutes that waiting ranks have by default.
+    return PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
 def _join_deepspeed() -> None:

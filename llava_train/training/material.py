@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -74,18 +75,25 @@ def sources_of(recipe: Recipe, part: str = "train") -> list[Source]:
             _, template = resolve_template(name, tokenizer)
             encoders[name] = Encoder(tokenizer, template, image_tokens, recipe.data.max_length)
         sources.append(_source(settings, encoders[name], recipe))
-    return sources
+    return [replace(source, name=_own_name(number, sources)) for number, source in enumerate(sources)]
+
+
+def _own_name(number: int, sources: list[Source]) -> str:
+    """A source's name; the second of a name is "name (2)"."""
+    name = sources[number].name
+    before = sum(source.name == name for source in sources[:number])
+    return f"{name} ({before + 1})" if before else name
 
 
 def _source(settings: SourceSettings, encoder: Encoder, recipe: Recipe) -> Source:
     if settings.hub:
-        name, root = settings.hub, Path(settings.image_root or ".")
+        name, root = settings.hub, Path(settings.image_root or ".").expanduser()
         files = hub_files(settings.hub, settings.subset, settings.split)
     else:
         name = str(settings.path)
-        files = expand_paths(name)
+        files = expand_paths(str(Path(name).expanduser()) if name.startswith("~") else name)
         beside = "." if is_remote(files[0]) else str(Path(files[0]).parent)
-        root = Path(settings.image_root if settings.image_root is not None else beside)
+        root = Path(settings.image_root if settings.image_root is not None else beside).expanduser()
     turned = recipe.data.exif_orientation if settings.exif_orientation is None else settings.exif_orientation
     return Source(
         settings.name or name,
@@ -113,7 +121,7 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
     """Make (or find) the prepared sets of a recipe, without loading any weights."""
     if not recipe.data.train:
         raise RecipeError("data.train: names no source of training data")
-    cache, workers = Path(recipe.data.cache_dir), recipe.data.prepare_workers
+    cache, workers = Path(recipe.data.cache_dir).expanduser(), recipe.data.prepare_workers
     train_set = prepare_set(sources_of(recipe), cache, "train", workers, rebuild)
     rows = [train_set.rows_of_source(number) for number in range(len(recipe.data.train))]
     shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
@@ -139,10 +147,26 @@ def _hold_out(rows: list[np.ndarray], fraction: float, seed: int) -> tuple[list[
         held.append(np.sort(order[:count]))
         kept.append(np.sort(order[count:]))
     taken = np.concatenate(held)
-    if not len(taken) or any(not len(part) for part in kept):
+    if not len(taken):
         total = sum(map(len, rows))
-        raise DataError(f"data.validation_fraction: {fraction} of {total} samples is {len(taken)}")
+        raise DataError(f"data.validation_fraction: {fraction} of {total} samples is none; raise it, or set it to 0")
+    for number, part in enumerate(kept):
+        if not len(part):
+            raise DataError(
+                f"data.validation_fraction: {fraction} leaves data.train.{number} no sample to train on "
+                f"({len(rows[number])} in all); lower it, or name validation sources"
+            )
     return kept, taken
+
+
+def epoch_of(prepared: Prepared) -> list[dict[str, Any]]:
+    """What each source brings to an epoch: its samples in it, about how many tokens, and their share."""
+    lengths, parts = prepared.train.lengths, prepared.mixture.parts
+    tokens = [float(lengths[part.rows].mean()) * part.count for part in parts]
+    return [
+        {"source": source["name"], "samples": part.count, "tokens": round(own), "share": own / sum(tokens)}
+        for source, part, own in zip(prepared.train.info["sources"], parts, tokens)
+    ]
 
 
 def plan_of(recipe: Recipe, prepared: Prepared) -> Plan:

@@ -11,7 +11,7 @@ import torch
 
 from llava_train.data.pictures.images import build_image_processor
 from llava_train.data.plan import Plan
-from llava_train.data.preparing.composition import composition_table
+from llava_train.data.preparing.composition import composition_table, epoch_line
 from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.files import atomic_folder, ensure_space, sha256_json
@@ -24,7 +24,7 @@ from llava_train.model.tuning import apply_tuning, cast_frozen, parameter_groups
 from llava_train.recipe import Recipe
 from llava_train.training.engine import make_engine
 from llava_train.training.loop import Hooks, run_loop
-from llava_train.training.material import Prepared, course_of, plan_of, prepare_in_turn
+from llava_train.training.material import Prepared, course_of, epoch_of, plan_of, prepare_in_turn
 from llava_train.training.monitor import Monitor, say, write_run_report
 from llava_train.training.objective import Objective
 from llava_train.training.signals import deferred_stop
@@ -37,7 +37,7 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     `fresh` starts over, removing what the run folder holds of an earlier run. Raises RecipeError, DataError,
     CheckpointError, StorageError or TrainingError.
     """
-    folder = Path(recipe.output)
+    folder = Path(recipe.output).expanduser()
     engine = make_engine(recipe)
     _open_folder(folder, recipe, fresh, engine.is_main)
     engine.barrier()
@@ -141,6 +141,7 @@ def _announce(recipe: Recipe, engine: Any, assembly: Assembly, groups: list[Any]
     say(tuning_table(assembly.model, recipe.tune, groups))
     say(f"engine: {engine.description}")
     say(composition_table(info))
+    say(epoch_line(epoch_of(data)))
     say(
         f"data: {data.mixture.size:,} samples an epoch, {len(data.validation_rows):,} held out, "
         f"{info['mean_length']:.0f} tokens on average, {info['longest']} at most, "
@@ -166,9 +167,9 @@ def _identity(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         values.pop(free)
     for free in ("cache_dir", "prepare_workers", "num_workers", "train", "validation"):
         values["data"].pop(free)
-    values["data.train"] = prepared.train.fingerprint
+    values["data.train"] = prepared.train.contents
     values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
-    values["data.validation"] = prepared.validation.fingerprint if prepared.validation else None
+    values["data.validation"] = prepared.validation.contents if prepared.validation else None
     flat = _flatten(values)
     return {"recipe_sha256": sha256_json(flat), **flat}
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from llava_train import load_recipe, prepare
-from llava_train.data.batch import BatchReader, ImageReader
+from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
+from llava_train.data.mixture import Mixture
 from llava_train.data.pictures.images import build_image_processor
-from llava_train.data.plan import MicroBatch
+from llava_train.data.plan import MicroBatch, Plan
 from llava_train.errors import RecordError
 from tests import tiny
 
@@ -144,6 +145,16 @@ def test_a_preference_pair_keeps_both_answers(workplace: Path) -> None:
         (start, end) = values[side + "spans"]
         said[side] = tokenizer.decode(values[side + "input_ids"][start:end])
     assert said == {"": "red<|im_end|>", "rejected_": "It is blue<|im_end|>"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_vanished_while_training_is_named(workplace: Path, workers: int) -> None:
+    _, reader = read(workplace, as_llava(workplace / "data", pictures(workplace / "data")))
+    (workplace / "data" / "1.png").unlink()
+    plan = Plan.of(Mixture.whole(3), 3, 1, None, 0)
+    with pytest.raises(RecordError, match=r"llava\.json\[1\] \(id .*\): .*1\.png: no such image") as caught:
+        next(load_steps(StepDataset(reader, plan, (0, 1), (3, "tokens")), 0, workers))
+    assert "Traceback" not in str(caught.value)
 
 
 def test_a_picture_that_vanished_is_named_with_its_record(workplace: Path) -> None:

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -111,6 +112,12 @@ def _source(ref: ImageRef, media: Media) -> bytes | Path:
         raise RecordError(f"{name_of(ref, media)}: {error}", "image_missing") from error
 
 
+def picture_bytes(ref: ImageRef, media: Media) -> bytes:
+    """The bytes of a picture as they lie in its file; RecordError if they cannot be read."""
+    source = _source(ref, media)
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
 def located(ref: ImageRef, container: str, blobs: Path) -> ImageRef:
     """A reference of a row with the file that it leaves out: the row's container, or its piece's blobs."""
     inner = {"span": container, "cell": container, "blob": str(blobs)}
@@ -160,8 +167,12 @@ def _below_root(url: str, root: Path) -> str:
     raise RecordError(f"{shown(url)!r}: leads outside the image root {root}", "image_path", hostile=True)
 
 
+@lru_cache(maxsize=8)
 def fetch(url: str) -> bytes:
-    """The bytes behind an http(s) URL, at most 64 MB within a minute; RecordError "image_url" says what failed."""
+    """The bytes behind an http(s) URL, at most 64 MB within a minute; RecordError "image_url" says what failed.
+
+    The last few are remembered, for neighbours that ask about the same picture.
+    """
     name, deadline, content = shown(url), time.monotonic() + _DEADLINE_S, bytearray()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llava-train"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,11 +82,17 @@ def composition_table(info: dict[str, Any]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    notes = _counted({k: v for source in info["sources"] for k, v in source["notes"].items()})
+    notes = _counted(sum((Counter(source["notes"]) for source in info["sources"]), start=Counter()))
     quantiles = ", ".join(f"{float(q):.0%} {length:,}" for q, length in info["length_quantiles"].items())
     lines.append(f"lengths in tokens: {quantiles}; {info['truncated_samples']:,} samples truncated")
     return "\n".join([*lines, *([f"pictures noted: {notes}"] if notes != "none" else [])])
 
 
-def _counted(counts: dict[str, int]) -> str:
+def epoch_line(epoch: list[dict[str, Any]]) -> str:
+    """What an epoch is made of, after `cap`, `repeat` and `weight`."""
+    parts = [f"{part['source']} {part['samples']:,} ({part['share']:.1%} of tokens)" for part in epoch]
+    return "an epoch: " + ", ".join(parts)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {cause}" for cause, count in counts.items()) or "none"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava_train.data.preparing.pieces import Fault, Outcome
+from llava_train.data.preparing.pieces import Outcome
 from llava_train.data.preparing.prepared import PreparedSet
+from llava_train.data.preparing.rows import Fault
 from llava_train.data.preparing.source import Source
 from llava_train.errors import DataError
 
@@ -61,9 +62,16 @@ class FaultLog:
                 shown = self._shown[source][fault.cause]
                 if len(shown) < _SHOWN:
                     shown.append(fault.message)
-                row = {"source": self.sources[source].name, "place": f"{path}{fault.at}", "cause": fault.cause}
-                # A message may quote text that is no valid Unicode; the log keeps it as escapes.
-                stream.write(json.dumps({**row, "message": fault.message}) + "\n")
+                row = {
+                    "source": self.sources[source].name,
+                    "file": path,
+                    "at": fault.at,
+                    "place": f"{path}{fault.at}",
+                    "id": fault.id,
+                    "cause": fault.cause,
+                    "message": fault.message,
+                }
+                stream.write(json.dumps(row) + "\n")  # escapes: a message may quote half of a character
 
     def counts(self, source: int) -> dict[str, Any]:
         """`read`, `kept` and `skipped` (by cause); read = kept + skipped."""
@@ -72,6 +80,7 @@ class FaultLog:
 
     def judge(self, copy: Path) -> None:
         """Raise DataError where a policy does not let a source pass; the list then lies at `copy`."""
+        copy.unlink(missing_ok=True)
         verdicts = [self._verdict(number) for number in range(len(self.sources))]
         if not self.hostile and not any(verdicts):
             return
@@ -93,6 +102,8 @@ class FaultLog:
         if source.policy == "error":
             return f"{bad:,} bad records, policy error"
         share = bad / (bad + self.kept[number])
+        if not self.kept[number]:
+            return "not one record of it can be used"
         if share > source.max_skipped:
             return f"{bad:,} bad records are {share:.2%} of it, more than max_skipped {source.max_skipped:.2%}"
         return ""
@@ -121,12 +132,14 @@ def find_doubles(prepared: PreparedSet, sources: Sequence[Source], log: FaultLog
         found = np.flatnonzero(first[inverse] != np.arange(len(rows)))
         for index in tqdm(found, desc=f"doubles in {source.name}", delay=2):
             row, earlier = int(rows[index]), int(rows[first[inverse[index]]])
-            log.add_double(number, "", _double(prepared, row, earlier, source.duplicates))
+            log.add_double(number, *_double(prepared, row, earlier, source.duplicates))
             doubles.append(row)
     return doubles
 
 
-def _double(prepared: PreparedSet, row: int, earlier: int, by: str) -> Fault:
-    place, other, identity = prepared.place(row), prepared.place(earlier), prepared.values(row)["id"]
+def _double(prepared: PreparedSet, row: int, earlier: int, by: str) -> tuple[str, Fault]:
+    place, other, values = prepared.place(row), prepared.place(earlier), prepared.values(row)
+    identity, at = values["id"], values["at"]
     hint = "; if ids name pictures here, set duplicates: content or allow" if by == "id" else ""
-    return Fault(place, f"duplicate_{by}", f"{place} (id {identity}): the same {by} as {other}{hint}")
+    message = f"{place} (id {identity}): the same {by} as {other}{hint}"
+    return place.removesuffix(at), Fault(at, identity, f"duplicate_{by}", message)

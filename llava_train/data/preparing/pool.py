@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from llava_train.data.preparing.pieces import Job, Outcome, make_piece
+from llava_train.data.preparing.pieces import Outcome, make_piece
+from llava_train.data.preparing.rows import Job
 from llava_train.data.records.containers import Piece
 from llava_train.errors import TrainingError
 from llava_train.files import sweep
@@ -43,7 +46,7 @@ def run_pieces(
     Raises TrainingError if a worker dies, naming what it may have been at.
     """
     sweep(folder)
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 2
+    workers = workers or _cores()
     head = list(islice(tasks, 2))
     tasks = chain(head, tasks)
     if workers == 1 or len(head) < 2:
@@ -53,13 +56,18 @@ def run_pieces(
     # Forked workers share the tokenizers in memory and start at once; where there is no fork they are sent over.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tuple(jobs), folder)) as pool:
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tuple(jobs), folder, os.getpid())) as pool:
         try:
             yield from _in_order(tasks, pool, known, workers * _UNDER_WAY)
         except BaseException:
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_order(
@@ -85,13 +93,21 @@ _jobs: tuple[Job, ...] = ()
 _folder = Path()
 
 
-def _start(jobs: tuple[Job, ...], folder: Path) -> None:
-    """In a worker: what every task needs; Ctrl-C is the parent's to handle."""
+def _start(jobs: tuple[Job, ...], folder: Path, parent: int) -> None:
+    """In a worker: what every task needs; Ctrl-C is the parent's to handle, and a worker ends with its parent."""
     global _jobs, _folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # The tokenizers' threads do not survive a fork, and the pool keeps the cores busy without them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _jobs, _folder = jobs, folder
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(task: PieceTask) -> Outcome:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from llava_train.data.preparing.composition import statistics
 from llava_train.data.preparing.faults import FaultLog, find_doubles
-from llava_train.data.preparing.pieces import Job, Outcome, known_outcome
+from llava_train.data.preparing.pieces import Outcome, is_whole, known_outcome
 from llava_train.data.preparing.pool import PieceTask, run_pieces
 from llava_train.data.preparing.prepared import PIECES, PreparedSet
+from llava_train.data.preparing.rows import Job
 from llava_train.data.preparing.source import Source
 from llava_train.data.reading import find_format
 from llava_train.data.records.containers import CONTAINERS, Piece, detect_container
@@ -39,19 +40,16 @@ def prepare_set(
     """
     for source in sources:
         _check_places(source)
-    identities = Identities(cache_dir / "files.json")
-    digests = {file: identities.of(file) for source in sources for file in source.files}
-    identities.save()
+    ensure_space(cache_dir, 1_000_000, "the prepared set (data.cache_dir)")
+    digests = _digests(sources, cache_dir)
     inputs = {"version": _VERSION, "sources": [_described(source, digests) for source in sources]}
     fingerprint = sha256_json(inputs)[:16]
     folder = cache_dir / fingerprint
-    if (folder / "prepared.json").exists() and not rebuild:
-        info = read_json(folder / "prepared.json")
-        for source, stored in zip(sources, info["sources"]):
-            stored["name"] = source.name  # a name is for people: another one makes no other set
-        return PreparedSet(folder, info)
+    found = None if rebuild else _found(folder, sources)
+    if found is not None:
+        return found
     size = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file) and _is_text(file))
-    ensure_space(cache_dir, 2 * size, "the prepared set (up to 2 bytes a byte of JSON)")
+    ensure_space(cache_dir, size, "the prepared set (data.cache_dir; about as large as its JSON)")
     sweep(cache_dir)
     sources = [replace(source, format=find_format(source.files[0], source.format)) for source in sources]
     tasks = _tasks(sources, digests)
@@ -69,9 +67,30 @@ def prepare_set(
             info["dropped"] = find_doubles(PreparedSet(folder, info), sources, log)
         log.judge(cache_dir / "faults.jsonl")
         if not sum(log.kept):
-            raise DataError(f"{', '.join(source.name for source in sources)}: holds no record that can be used")
+            raise DataError(f"{', '.join(source.name for source in sources)}: holds no record")
         _complete(folder, info, log)
         write_json(temporary / "prepared.json", info)
+    return PreparedSet(folder, info)
+
+
+def _digests(sources: Sequence[Source], cache_dir: Path) -> dict[str, str]:
+    identities = Identities(cache_dir / "files.json")
+    digests = {file: identities.of(file) for source in sources for file in source.files}
+    identities.save()
+    return digests
+
+
+def _found(folder: Path, sources: Sequence[Source]) -> PreparedSet | None:
+    """The set in `folder`, if it is there with all its pieces."""
+    try:
+        info = read_json(folder / "prepared.json")
+    except DataError:
+        return None
+    pieces = folder.parent / PIECES
+    for source, stored in zip(sources, info["sources"]):
+        stored["name"] = source.name  # a name is for people: another one makes no other set
+        if not all(is_whole(pieces, each["key"], each["size"], each["blob_size"]) for each in stored["pieces"]):
+            return None
     return PreparedSet(folder, info)
 
 
@@ -112,6 +131,7 @@ def _shaping(source: Source) -> dict[str, Any]:
         "version": _VERSION,
         "format": source.format,
         "verify": source.verify,
+        "compare": source.duplicates == "content",
         "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
         "tokenizer": sha256_json([encoder.tokenizer.backend_tokenizer.to_str(), encoder.tokenizer.special_tokens_map]),
         "template": sha256_json(encoder.template),
@@ -145,7 +165,7 @@ def _make(
     """Run all pieces; the outcomes of each source in the order of its records."""
     pieces = cache_dir / PIECES
     pieces.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(s.format, s.encoder, s.media, s.verify) for s in sources]
+    jobs = [Job(s.format, s.encoder, s.media, s.verify, s.duplicates == "content") for s in sources]
     made: list[list[tuple[Piece, Outcome]]] = [[] for _ in sources]
     total = sum(Path(file).stat().st_size for s in sources for file in s.files if not is_remote(file))
     with tqdm(desc=f"prepare {name}", total=total or None, unit="B", unit_scale=True, delay=2) as bar:
@@ -162,12 +182,15 @@ def _make(
 
 
 def _source_info(source: Source, outcomes: list[tuple[Piece, Outcome]]) -> dict[str, Any]:
-    notes: Counter[str] = sum((outcome.notes for _, outcome in outcomes), start=Counter())
+    notes: Counter[str] = sum((Counter(outcome.notes) for _, outcome in outcomes), start=Counter())
     return {
         "name": source.name,
         "format": source.format,
         "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
         "aspect_ratio": source.aspect_ratio,
         "notes": dict(notes),
-        "pieces": [{"path": piece.path, "key": outcome.key, "kept": outcome.kept} for piece, outcome in outcomes],
+        "pieces": [
+            {"path": piece.path, **{key: getattr(made, key) for key in ("key", "kept", "size", "blob_size")}}
+            for piece, made in outcomes
+        ],
     }

@@ -13,6 +13,7 @@ from llava_train.data.encode import expand
 from llava_train.data.pictures.images import AspectRatio
 from llava_train.data.pictures.media import Media, located
 from llava_train.data.sample import ImageRef
+from llava_train.files import sha256_json
 
 PIECES = "pieces"
 """Folder of a cache that holds the pieces of all its sets."""
@@ -53,7 +54,7 @@ class Origin:
 
 
 def as_row(values: dict[str, Any], origin: Origin, image_token_id: int) -> Row:
-    """A stored row (`llava_train.data.preparing.pieces.SCHEMA`), expanded."""
+    """A stored row (`llava_train.data.preparing.rows.SCHEMA`), expanded."""
     ids, labels = expand(
         np.asarray(values["input_ids"], np.int32),
         np.asarray(values["spans"], np.int32),
@@ -85,12 +86,18 @@ class PreparedSet:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything this set was made from."""
+        """Hash of everything this set was made from; its folder's name."""
         return str(self.info["fingerprint"])
+
+    @property
+    def contents(self) -> str:
+        """Hash of what is in it: with the same inputs, pictures that were mended bring more samples."""
+        pieces = [[piece["key"], piece["kept"], piece["size"]] for piece in self._pieces]
+        return sha256_json([self.fingerprint, pieces, self.info["dropped"]])
 
     @cached_property
     def table(self) -> Any:
-        """The memory-mapped `datasets.Dataset` of all pieces; see `llava_train.data.preparing.pieces.SCHEMA`."""
+        """The memory-mapped `datasets.Dataset` of all pieces; see `llava_train.data.preparing.rows.SCHEMA`."""
         from datasets import Dataset, concatenate_datasets
 
         folder = self.folder.parent / PIECES

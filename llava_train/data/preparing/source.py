@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_train.data.encode import Encoder
+from llava_train.data.pictures.images import AspectRatio
 from llava_train.data.pictures.media import Media
 
 
@@ -35,4 +36,4 @@ class Source:
     policy: Literal["error", "skip"] = "error"
     max_skipped: float = 0.001
     duplicates: Literal["id", "content", "allow"] = "id"
-    aspect_ratio: str | None = None
+    aspect_ratio: AspectRatio | None = None

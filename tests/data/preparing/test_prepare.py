@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from llava_train import load_recipe, prepare
 from llava_train.data.preparing import pieces, pool
+from llava_train.data.preparing.composition import composition_table
 from llava_train.data.records import jsontext
 from llava_train.errors import DataError, RecipeError, TrainingError
 from tests import tiny
@@ -250,6 +254,109 @@ def test_doubles(workplace: Path) -> None:
         assert prepared.row(len(prepared) - 1).place == prepared.place(len(prepared) - 1)
 
 
+def test_notes_are_counted_over_sources(workplace: Path) -> None:
+    folder = workplace / "data"
+    (folder / "0.png").rename(folder / "0.jpg")
+    Image.new("RGB", (9, 9)).save(folder / "1.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 6)).save(folder / "2.jpg", exif=exif)
+    names = {0: "0.jpg", 1: "1.gif", 2: "2.jpg"}
+    change(workplace, lambda records: [records[index].update(image=name) for index, name in names.items()])
+    twice = [{"path": f"{folder}/data.json"}, {"path": f"{folder}/data.json"}]
+    info = prepare(load_recipe(tiny.make_recipe(workplace, data__train=twice))).train.info
+    for source in info["sources"]:
+        assert source["notes"] == {"wrong_extension": 1, "animated": 1, "exif_orientation": 1}
+    assert [source["name"] for source in info["sources"]] == [f"{folder}/data.json", f"{folder}/data.json (2)"]
+    assert "2 wrong_extension, 2 animated, 2 exif_orientation" in composition_table(info)
+
+
+def test_doubles_by_content_look_into_containers(workplace: Path) -> None:
+    """Two shards with the same words at the same rows are no doubles unless their pictures are."""
+    pictures = {name: (workplace / "data" / f"{name}.png").read_bytes() for name in (0, 1)}
+    for shard, names in (("a", (0, 1)), ("b", (1, 1))):
+        cells = [{"bytes": pictures[name], "path": None} for name in names]
+        table = pa.table({"image": cells, "question": ["Which?", "Which?"], "answer": ["This.", "This."]})
+        pq.write_table(table, workplace / f"{shard}.parquet")
+    settings = {"path": f"{workplace}/?.parquet", "duplicates": "content", "policy": "skip", "max_skipped": 1}
+    prepared = prepare(load_recipe(tiny.make_recipe(workplace, data__train=[settings], data__validation_fraction=0)))
+    places = [Path(prepared.train.place(row)).name for row in range(len(prepared.train))]
+    assert places == ["a.parquet[0]", "a.parquet[1]"]
+
+
+def test_a_video_that_came_later_is_seen(workplace: Path) -> None:
+    av = pytest.importorskip("av")
+    (workplace / "videos.json").write_text(json.dumps([{"q": "What?", "a": "A field.", "video_id": "v_1"}]))
+    recipe = load_recipe(
+        tiny.make_recipe(workplace, data__train=[{"path": f"{workplace}/videos.json"}], data__validation_fraction=0)
+    )
+    with pytest.raises(DataError, match="video_missing: 1"):
+        prepare(recipe)
+    with av.open(str(workplace / "v_1.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height = 32, 32
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32)))))
+        container.mux(stream.encode())
+    assert len(prepare(recipe).train) == 1
+
+
+def test_what_was_damaged_is_made_again(workplace: Path) -> None:
+    recipe = load_recipe(tiny.make_recipe(workplace))
+    prepared = prepare(recipe).train
+    whole = [prepared.values(row) for row in range(len(prepared))]
+    (piece,) = (workplace / "prepared" / "pieces").glob("*.arrow")
+    damages = {
+        "cut": lambda: piece.write_bytes(piece.read_bytes()[:-9]),
+        "gone": lambda: piece.unlink(),
+        "piece": lambda: piece.with_suffix(".json").write_text("{"),
+        "set": lambda: (prepared.folder / "prepared.json").write_text("["),
+        "all": lambda: shutil.rmtree(workplace / "prepared" / "pieces"),
+    }
+    for name, damage in damages.items():
+        damage()
+        again = prepare(recipe).train
+        assert [again.values(row) for row in range(len(again))] == whole, name
+
+
+def test_a_mended_set_is_another_set_to_a_run(workplace: Path) -> None:
+    content = (workplace / "data" / "0.png").read_bytes()
+    (workplace / "data" / "0.png").unlink()
+    recipe = load_recipe(tiny.make_recipe(workplace), source(workplace, policy="skip", max_skipped=1))
+    before = prepare(recipe).train
+    (workplace / "data" / "0.png").write_bytes(content)
+    after = prepare(recipe, rebuild=True).train
+    assert before.fingerprint == after.fingerprint
+    assert before.contents != after.contents
+    assert len(after) == len(before) + 1
+
+
+def test_a_stopped_parent_takes_its_workers_along(workplace: Path) -> None:
+    records = json.loads((workplace / "data" / "data.json").read_text())
+    many = [{**records[index % 24], "id": f"m{index}"} for index in range(24_000)]
+    (workplace / "data" / "data.json").write_text(json.dumps(many))
+    recipe = tiny.make_recipe(workplace, data__prepare_workers=2)
+    command = [sys.executable, "-m", "llava_train", "prepare", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folder, limit = workplace / "prepared" / "pieces", time.time() + 60
+    while len(list(folder.glob("[!.]*.json"))) < 2 and time.time() < limit:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)
+    limit = time.time() + 20
+    while _group_is_alive(process.pid) and time.time() < limit:
+        time.sleep(0.1)
+    assert not _group_is_alive(process.pid)
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_missing_files_are_named(workplace: Path) -> None:
     path = tiny.make_recipe(workplace)
     with pytest.raises(DataError, match="no such file"):
@@ -316,7 +423,6 @@ def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(workplace: Path, mo
     assert len(prepare(load_recipe(path, ["data.prepare_workers=2"])).train) == 24
     after = stamps(workplace)
     assert all(after[name] == stamp for name, stamp in before.items())
-    assert not [file for file in (workplace / "prepared" / "pieces").iterdir() if file.name.startswith(".")]
 
 
 def test_ctrl_c_keeps_what_is_done(workplace: Path) -> None:
