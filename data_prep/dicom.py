@@ -14,7 +14,7 @@
 * Burned-in text cannot be seen here: a file that says it has some (BurnedInAnnotation YES) is left out, unless
   `--allow-burned-in`; how many do not say is in the report (`burned_in_unknown`): look at those (ultrasound,
   secondary capture) before you pass the pictures on. Faces can be rebuilt of slices of a head.
-* Writes `DIR/dicom/`: `images/FILE-FRAME.png`, `dicom.json` (`image` relative to DIR), `skipped.json` (numbers
+* Writes `DIR/dicom/`: `images/FILE-FRAME.png`, `dicom.json` (`image` relative to DIR), `.skipped.json` (numbers
   of the files left out, by cause; their paths are told on stderr only, for paths hold names as well).
 * Needs pydicom: pip install "llava-train[medical]" (and pylibjpeg with its plugins for JPEG-LS and lossless JPEG).
 """
@@ -168,7 +168,7 @@ def convert(paths: Sequence[Path], folder: Path, options: argparse.Namespace) ->
                 yield question(f"dicom-{Path(name).stem}", f"dicom/images/{name}", PROMPT, caption, group=group)
 
     written = write_array(folder / "dicom.json", records())
-    write_json(folder / "skipped.json", skipped)
+    write_json(folder / ".skipped.json", skipped)
     report = {"name": "dicom", "files": len(paths), "records": written, "images": written, "groups": len(patients)}
     report |= {"skipped": {cause: len(numbers) for cause, numbers in skipped.items()}, "missing": 0}
     return report | {"burned_in_unknown": counts["burned_in_unknown"]}

@@ -42,7 +42,7 @@ def _named(path: str) -> Iterator[None]:
         extra = path.split("://", 1)[0].replace("https", "http")
         raise DataError(f'{path}: cannot be read: {error}; try pip install "fsspec[{extra}]"') from error
     except Exception as error:  # stores raise their own types: aiohttp's, botocore's, ...
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
 

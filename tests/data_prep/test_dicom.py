@@ -189,7 +189,7 @@ def test_burned_in_text_is_left_out_unless_allowed(tmp_path: Path, capsys: pytes
         make(tmp_path / "in" / f"{number}.dcm", BurnedInAnnotation=said)
     report, _ = run(tmp_path / "in", tmp_path / "a", capsys)
     assert (report["records"], report["skipped"], report["burned_in_unknown"]) == (2, {"burned_in_annotation": 1}, 1)
-    assert json.loads((tmp_path / "a" / "dicom" / "skipped.json").read_text()) == {"burned_in_annotation": [0]}
+    assert json.loads((tmp_path / "a" / "dicom" / ".skipped.json").read_text()) == {"burned_in_annotation": [0]}
     report, _ = run(tmp_path / "in", tmp_path / "b", capsys, "--allow-burned-in")
     assert (report["records"], report["skipped"]) == (3, {})
 
