@@ -272,7 +272,7 @@ def test_parts_of_splits_are_refused(hub_cache: Path) -> None:
         hub_files("any/thing", None, "train[:10%]")
 
 
-@pytest.mark.parametrize("offline", ["1", pytest.param("0", marks=pytest.mark.slow)])  # the library tries for 24 s
+@pytest.mark.parametrize("offline", ["1", pytest.param("0", marks=pytest.mark.corpus)])  # the library tries for 24 s
 def test_a_dataset_that_is_not_there_is_named_at_once(tmp_path: Path, offline: str) -> None:
     code = "import sys; from llava_train.data.records.hub import hub_files; hub_files(sys.argv[1], None, 'train')"
     # A port that refuses stands for a network that is not there.

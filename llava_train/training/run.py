@@ -22,7 +22,8 @@ from llava_train.model.llm import load_tokenizer
 from llava_train.model.spec import MANIFEST
 from llava_train.model.tuning import apply_tuning, cast_frozen, parameter_groups, tuning_table
 from llava_train.recipe import Recipe
-from llava_train.training.engine import make_engine
+from llava_train.training.engine import Engine, make_engine
+from llava_train.training.lock import sole_run
 from llava_train.training.loop import Hooks, run_loop
 from llava_train.training.material import Prepared, course_of, epoch_of, plan_of, prepare_in_turn
 from llava_train.training.monitor import Monitor, say, write_run_report
@@ -39,6 +40,14 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
     """
     folder = Path(recipe.output).expanduser()
     engine = make_engine(recipe)
+    if engine.is_main:
+        ensure_space(folder, 1_000_000, "a run")
+    with sole_run(folder, engine.is_main):
+        _train(recipe, engine, folder, fresh)
+    return folder
+
+
+def _train(recipe: Recipe, engine: Engine, folder: Path, fresh: bool) -> None:
     _open_folder(folder, recipe, fresh, engine.is_main)
     engine.barrier()
     prepared = prepare_in_turn(recipe, engine)
@@ -80,7 +89,6 @@ def train(recipe: Recipe, fresh: bool = False) -> Path:
         write_run_report(folder, recipe)
     engine.barrier()
     engine.finish()
-    return folder
 
 
 def build(recipe: Recipe) -> Assembly:
@@ -105,7 +113,6 @@ def _open_folder(folder: Path, recipe: Recipe, fresh: bool, is_main: bool) -> No
     """Make the run folder, or find it fit to continue."""
     if not is_main:
         return
-    ensure_space(folder, 1_000_000, "a run")
     if fresh:
         for name in ("checkpoints", "final", "best", "metrics.jsonl"):
             path = folder / name

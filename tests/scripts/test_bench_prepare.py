@@ -5,7 +5,7 @@ import pytest
 from scripts import bench_prepare
 
 
-@pytest.mark.slow(reason="four processes, each of which loads the libraries anew")
+@pytest.mark.corpus(reason="four processes, each of which loads the libraries anew")
 def test_the_benchmark_ends_with_its_figures(tmp_path, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench_prepare.main(["--records", "5000", "--folder", str(tmp_path)]) == 0
     figures = json.loads(capfd.readouterr().out.strip().splitlines()[-1])

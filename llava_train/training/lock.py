@@ -1,0 +1,45 @@
+"""One run a folder: the second is refused before it touches anything."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_train.errors import RecipeError
+
+
+@contextmanager
+def sole_run(folder: Path, is_main: bool) -> Iterator[None]:
+    """Hold a run folder for as long as the body runs; rank 0 does it for all ranks of a run.
+
+    The lock is the system's (flock on `.lock`), so it ends with its process, however that ends. Raises RecipeError
+    that names the process which holds it.
+    """
+    if not is_main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"{folder}: {_holder(folder)} is at work here; choose another output folder") from error
+        stream.truncate(0)
+        stream.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+        stream.flush()
+        yield
+
+
+def _holder(folder: Path) -> str:
+    try:
+        held = json.loads((folder / ".lock").read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(held["since"]))
+        return f"another run (process {held['process']} on {held['host']}, since {since})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"

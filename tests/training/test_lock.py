@@ -1,0 +1,42 @@
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from llava_train import load_recipe, train
+from llava_train.errors import RecipeError
+from llava_train.training.lock import sole_run
+from tests import tiny
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_run_on_a_folder_is_refused_and_touches_nothing(workplace: Path, fresh: bool) -> None:
+    recipe = load_recipe(tiny.make_recipe(workplace), ["optimization.max_steps=2"])
+    run = train(recipe)
+    before = contents(run)
+    with sole_run(run, is_main=True):
+        held = contents(run)
+        with pytest.raises(
+            RecipeError, match=rf"another run \(process {os.getpid()} on .*, since .*\) is at work here"
+        ):
+            train(recipe, fresh=fresh)
+        assert contents(run) == held
+    assert {name: held[name] for name in before if name != ".lock"} == {n: v for n, v in before.items() if n != ".lock"}
+    with pytest.raises(RecipeError, match="holds a finished run"):
+        train(recipe)
+
+
+def test_other_ranks_do_not_lock(tmp_path: Path) -> None:
+    with sole_run(tmp_path / "run", is_main=True), sole_run(tmp_path / "run", is_main=False):
+        pass
+    with sole_run(tmp_path / "run", is_main=True):
+        pass
