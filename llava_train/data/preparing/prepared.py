@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,9 +92,8 @@ class PreparedSet:
 
     @property
     def contents(self) -> str:
-        """Hash of what is in it: with the same inputs, pictures that were mended bring more samples."""
-        pieces = [[piece["key"], piece["kept"], piece["size"]] for piece in self._pieces]
-        return sha256_json([self.fingerprint, pieces, self.info["dropped"]])
+        """Hash of its inputs and of which samples are in it: pictures that were mended bring more from the same."""
+        return sha256_json([self.fingerprint, hashlib.sha256(self.column("identity").tobytes()).hexdigest()])
 
     @cached_property
     def table(self) -> Any:
