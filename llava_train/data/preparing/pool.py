@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from llava_train.data.preparing.pieces import Outcome, make_piece
@@ -61,9 +62,18 @@ def run_pieces(
         try:
             yield from _in_order(tasks, pool, known, workers * _UNDER_WAY)
         except BaseException:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
+            _stop(set(multiprocessing.active_children()) - others, folder)
             raise
+
+
+def _stop(workers: set[BaseProcess], folder: Path) -> None:
+    """End the workers at once, and remove what they were writing."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join()
+        for path in folder.glob(f".*.{worker.pid}-*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _cores() -> int:

@@ -443,6 +443,7 @@ def test_ctrl_c_keeps_what_is_done(workplace: Path) -> None:
     assert "Traceback" not in err
     before = stamps(workplace)
     assert 3 <= len(before) < 12
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert json.loads(done.stdout)["samples"] == 24_000, done.stderr
     assert all(stamps(workplace)[name] == stamp for name, stamp in before.items())
