@@ -37,6 +37,10 @@ class RecordError(DataError):
     def __str__(self) -> str:
         return self.message
 
+    def of(self, where: str, outside: str = "") -> RecordError:
+        """The same fault, told of the record at `where`."""
+        return RecordError(f"{where}: {self.message}", self.cause, self.hostile, outside or self.outside)
+
 
 class CheckpointError(LlavaTrainError):
     """A folder is no model, or its weights do not fit."""

@@ -130,7 +130,7 @@ class BatchReader:
         try:
             return [self.reader.read(ref, row.media, row.aspect_ratio) for ref in row.images]
         except RecordError as error:
-            raise RecordError(f"{row.place} (id {row.id}): {error}", error.cause, error.hostile) from error
+            raise error.of(f"{row.place} (id {row.id})") from error
 
 
 class StepDataset(Dataset[list[Batch] | RecordError]):

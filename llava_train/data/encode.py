@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.sample import IMAGE_MARKER, ImageRef, Sample, Turn
 from llava_train.errors import RecordError
+from llava_train.files import sha256_json
 
 IGNORE = -100
 """Label of a position that carries no loss (PyTorch's and the original's value)."""
@@ -97,6 +99,11 @@ class Encoder:
         pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
         object.__setattr__(self, "control", re.compile(pattern))
         object.__setattr__(self, "image_token_id", self.tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Hash of the tokenizer, which takes a moment for a large vocabulary."""
+        return sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map])
 
 
 def messages_of(sample: Sample) -> list[dict[str, str]]:

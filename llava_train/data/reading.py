@@ -63,5 +63,5 @@ def _opened(turn: Turn, sample: Sample, path: str, media: Media) -> Turn:
         try:
             parts += [located(ref, path, Path()) for ref in settle(part, media)]
         except RecordError as error:
-            raise RecordError(f"{sample.where}: {error}", error.cause, error.hostile) from error
+            raise error.of(sample.where) from error
     return replace(turn, parts=tuple(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,27 @@ def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
     return tokenizer, connector_tokens(model.connector, positions, model.connector_options)
 
 
-def sources_of(recipe: Recipe, part: str = "train") -> list[Source]:
-    """The sources under `data.train` or `data.validation`, each with its encoder; their files are looked up."""
+def encoders_of(recipe: Recipe) -> dict[str, Encoder]:
+    """The encoder of every template that the recipe or a source of it names; they share one tokenizer."""
     tokenizer, image_tokens = tokens_of(recipe)
-    encoders: dict[str, Encoder] = {}
-    sources = []
-    for settings in getattr(recipe.data, part):
-        name = settings.template or recipe.data.template
-        if name not in encoders:
-            _, template = resolve_template(name, tokenizer)
-            encoders[name] = Encoder(tokenizer, template, image_tokens, recipe.data.max_length)
-        sources.append(_source(settings, encoders[name], recipe))
+    names = {_template_of(source, recipe) for source in (*recipe.data.train, *recipe.data.validation)}
+    return {
+        name: Encoder(tokenizer, resolve_template(name, tokenizer)[1], image_tokens, recipe.data.max_length)
+        for name in sorted(names)
+    }
+
+
+def _template_of(settings: SourceSettings, recipe: Recipe) -> str:
+    return settings.template or recipe.data.template
+
+
+def sources_of(
+    recipe: Recipe, settings: Sequence[SourceSettings] | None = None, encoders: dict[str, Encoder] | None = None
+) -> list[Source]:
+    """Sources of a recipe (`data.train` unless `settings` are given), each with its encoder and its files."""
+    settings = recipe.data.train if settings is None else settings
+    encoders = encoders or encoders_of(recipe)
+    sources = [_source(each, encoders[_template_of(each, recipe)], recipe) for each in settings]
     return [replace(source, name=_own_name(number, sources)) for number, source in enumerate(sources)]
 
 
@@ -111,10 +121,9 @@ def _source(settings: SourceSettings, encoder: Encoder, recipe: Recipe) -> Sourc
 
 def prepare_in_turn(recipe: Recipe, engine: Engine) -> Prepared:
     """Rank 0 prepares; the others then find the set in the cache. No weights are loaded for it."""
-    if engine.is_main:
-        prepare(recipe)
+    mine = prepare(recipe) if engine.is_main else None
     engine.barrier()
-    return prepare(recipe)
+    return mine or prepare(recipe)
 
 
 def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
@@ -122,11 +131,13 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
     if not recipe.data.train:
         raise RecipeError("data.train: names no source of training data")
     cache, workers = Path(recipe.data.cache_dir).expanduser(), recipe.data.prepare_workers
-    train_set = prepare_set(sources_of(recipe), cache, "train", workers, rebuild)
+    encoders = encoders_of(recipe)
+    train_set = prepare_set(sources_of(recipe, None, encoders), cache, "train", workers, rebuild)
     rows = [train_set.rows_of_source(number) for number in range(len(recipe.data.train))]
     shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
     if recipe.data.validation:
-        held_out = prepare_set(sources_of(recipe, "validation"), cache, "validation", workers, rebuild)
+        sources = sources_of(recipe, recipe.data.validation, encoders)
+        held_out = prepare_set(sources, cache, "validation", workers, rebuild)
         taken = [
             capped(held_out.rows_of_source(number), source.cap, recipe.seed, number)
             for number, source in enumerate(recipe.data.validation)

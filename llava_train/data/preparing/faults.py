@@ -101,9 +101,9 @@ class FaultLog:
             return ""
         if source.policy == "error":
             return f"{bad:,} bad records, policy error"
-        share = bad / (bad + self.kept[number])
         if not self.kept[number]:
             return "not one record of it can be used"
+        share = bad / (bad + self.kept[number])
         if share > source.max_skipped:
             return f"{bad:,} bad records are {share:.2%} of it, more than max_skipped {source.max_skipped:.2%}"
         return ""

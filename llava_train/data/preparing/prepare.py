@@ -133,7 +133,7 @@ def _shaping(source: Source) -> dict[str, Any]:
         "verify": source.verify,
         "compare": source.duplicates == "content",
         "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
-        "tokenizer": sha256_json([encoder.tokenizer.backend_tokenizer.to_str(), encoder.tokenizer.special_tokens_map]),
+        "tokenizer": encoder.tokenizer_digest,
         "template": sha256_json(encoder.template),
         "image_tokens": encoder.image_tokens,
         "max_length": encoder.max_length,

@@ -159,7 +159,7 @@ def _settled(ref: ImageRef, path: str, sample: Sample, job: Job) -> tuple[list[I
         header = check_picture(located(settled[0], path, Path()), job.media, job.verify)
     except RecordError as error:
         outside = ref.path if ref.kind in ("file", "frame", "url") else ""
-        raise RecordError(f"{sample.where}: {error}", error.cause, error.hostile, outside) from error
+        raise error.of(sample.where, outside) from error
     return settled, header
 
 

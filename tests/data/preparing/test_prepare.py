@@ -331,16 +331,24 @@ def test_a_mended_set_is_another_set_to_a_run(workplace: Path) -> None:
     assert len(after) == len(before) + 1
 
 
-def test_a_stopped_parent_takes_its_workers_along(workplace: Path) -> None:
+def start_preparing(workplace: Path, pieces: int) -> tuple[subprocess.Popen[str], list[str]]:
+    """A real `prepare` of 24,000 records by two workers, when so many pieces are done; and its command."""
     records = json.loads((workplace / "data" / "data.json").read_text())
     many = [{**records[index % 24], "id": f"m{index}"} for index in range(24_000)]
     (workplace / "data" / "data.json").write_text(json.dumps(many))
     recipe = tiny.make_recipe(workplace, data__prepare_workers=2)
     command = [sys.executable, "-m", "llava_train", "prepare", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    folder, limit = workplace / "prepared" / "pieces", time.time() + 60
-    while len(list(folder.glob("[!.]*.json"))) < 2 and time.time() < limit:
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    limit = time.time() + 60
+    while len(stamps(workplace)) < pieces and time.time() < limit:
         time.sleep(0.05)
+    return process, command
+
+
+def test_a_stopped_parent_takes_its_workers_along(workplace: Path) -> None:
+    process, _ = start_preparing(workplace, 2)
     process.kill()
     process.communicate(timeout=30)
     limit = time.time() + 20
@@ -426,16 +434,7 @@ def test_a_worker_that_dies_is_told_and_what_is_done_is_kept(workplace: Path, mo
 
 
 def test_ctrl_c_keeps_what_is_done(workplace: Path) -> None:
-    """A real process, interrupted while its pool works."""
-    records = json.loads((workplace / "data" / "data.json").read_text())
-    many = [{**records[index % 24], "id": f"m{index}"} for index in range(24_000)]
-    (workplace / "data" / "data.json").write_text(json.dumps(many))
-    recipe = tiny.make_recipe(workplace, data__prepare_workers=2)
-    command = [sys.executable, "-m", "llava_train", "prepare", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    folder, limit = workplace / "prepared" / "pieces", time.time() + 60
-    while len(list(folder.glob("[!.]*.json"))) < 3 and time.time() < limit:
-        time.sleep(0.05)
+    process, command = start_preparing(workplace, 3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
@@ -443,7 +442,7 @@ def test_ctrl_c_keeps_what_is_done(workplace: Path) -> None:
     assert "Traceback" not in err
     before = stamps(workplace)
     assert 3 <= len(before) < 12
-    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+    assert not list((workplace / "prepared" / "pieces").glob(".*"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert json.loads(done.stdout)["samples"] == 24_000, done.stderr
     assert all(stamps(workplace)[name] == stamp for name, stamp in before.items())

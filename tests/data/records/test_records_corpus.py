@@ -176,29 +176,28 @@ COMMON = {
 }
 
 
-def test_malformed_records_are_kept_or_named(encoder: Encoder, tmp_path: Path) -> None:
+def outcomes(examples: int, encoder: Encoder, folder: Path) -> Counter[str]:
+    """What became of the records of so many generated files."""
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=300, **COMMON)  # type: ignore[arg-type]
+    @settings(max_examples=examples, **COMMON)  # type: ignore[arg-type]
     @given(files())
     def every(case: tuple[str, str, bytes]) -> None:
-        run(case, encoder, tmp_path, counts)
+        run(case, encoder, folder, counts)
 
     every()
+    return counts
+
+
+def test_malformed_records_are_kept_or_named(encoder: Encoder, tmp_path: Path) -> None:
+    counts = outcomes(300, encoder, tmp_path)
     assert counts["kept"] > 100 and sum(counts.values()) > 600
     assert len(counts) > 12
 
 
 @pytest.mark.corpus
 def test_ten_thousand_malformed_records(encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    counts: Counter[str] = Counter()
-
-    @settings(max_examples=4000, **COMMON)  # type: ignore[arg-type]
-    @given(files())
-    def every(case: tuple[str, str, bytes]) -> None:
-        run(case, encoder, tmp_path, counts)
-
-    every()
+    counts = outcomes(4000, encoder, tmp_path)
     with capsys.disabled():
         print(f"\n{sum(counts.values()):,} records: {dict(counts.most_common())}")
     assert sum(counts.values()) - counts["file"] >= 10_000
