@@ -86,6 +86,13 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     _recipe_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="start over: removes what the run folder holds")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this key (as the refusal names it) has changed; can be given several times",
+    )
     return parser
 
 

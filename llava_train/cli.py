@@ -150,10 +150,12 @@ def _in_colour() -> bool:
 
 def _train(options: argparse.Namespace) -> None:
     from llava_train.recipe import load_recipe
+    from llava_train.training.engines.ranks import leave_ranks
     from llava_train.training.monitor import say
     from llava_train.training.run import train
 
-    folder = train(load_recipe(options.recipe, options.overrides), fresh=options.fresh)
+    folder = train(load_recipe(options.recipe, options.overrides), options.fresh, options.allow_change)
+    leave_ranks()
     say(f"done: {folder}; next: llava-train chat {folder} --image PICTURE, or llava-train export {folder} OUT")
     if int(os.environ.get("RANK", "0")) == 0:
         print(folder)

@@ -114,11 +114,17 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def ensure_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raise StorageError unless `folder`'s disk can be written and has `needed` bytes free."""
-    existing = folder.absolute()
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
+    return existing
+
+
+def ensure_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise StorageError unless `folder`'s disk can be written and has `needed` bytes free."""
+    existing = _existing(folder)
     if not existing.is_dir():
         raise StorageError(f"{folder}: {existing} is a file, not a folder; choose another output folder")
     if not os.access(existing, os.W_OK):
@@ -129,6 +135,18 @@ def ensure_space(folder: Path, needed: int, purpose: str) -> None:
             f"{folder}: {purpose} needs {needed:,} bytes, {free:,} are free; "
             "free some space or choose an output folder on another disk"
         )
+
+
+@contextmanager
+def storage_faults(path: Path, needed: int) -> Iterator[None]:
+    """Turn what the disk refuses in the body into a StorageError: what was written, bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        free = shutil.disk_usage(_existing(path)).free
+        advice = f"; {needed:,} bytes are needed, {free:,} are free" if full else ""
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}{advice}") from error
 
 
 def inside(root: Path, relative: str, allow_links: bool = False) -> Path:

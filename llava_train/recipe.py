@@ -132,19 +132,34 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Who runs the step: `auto` is DDP under a multi-process launch and a single process otherwise."""
+    """Who runs the step: `auto` takes the plainest engine that fits into memory (see `training/engines/choice.py`).
 
-    kind: Literal["auto", "deepspeed"] = "auto"
+    `offload` moves the optimizer, or the weights as well, to the CPU (DeepSpeed). `stall_seconds` is how long a rank
+    may keep the others waiting within a step before the run ends.
+    """
+
+    kind: Literal["auto", "ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"] = "auto"
+    offload: Literal["none", "optimizer", "all"] = "none"
     deepspeed_config: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    stall_seconds: float = 50.0
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When state is saved and how much of it is kept. `save_every` steps; 0 saves only the final model."""
+    """When state is saved and how much of it is kept. `save_every` steps; 0 saves only the final model.
+
+    Kept are the last `keep_last`, every `keep_every`-th step (0: none), and with `keep_best` that of the best
+    validation loss. `asynchronous` writes beside the next steps; `remote` is a URL (s3://..., gs://...) that each
+    checkpoint is copied to.
+    """
 
     save_every: int = 500
     keep_last: int = 2
+    keep_every: int = 0
+    keep_best: bool = False
+    asynchronous: bool = False
+    remote: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,14 +248,29 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         ),
         (not 0 <= optimization.warmup_ratio < 1, ("optimization", "warmup_ratio"), "must be at least 0 and below 1"),
         (
-            recipe.engine.kind == "deepspeed" and not recipe.engine.deepspeed_config,
+            bool(recipe.engine.deepspeed_config) and recipe.engine.kind in ("ddp", "fsdp2"),
             ("engine", "deepspeed_config"),
-            "the deepspeed engine needs a config file, e.g. configs/deepspeed/zero2.json",
+            f"is not read by engine.kind {recipe.engine.kind}; name a deepspeed_zero kind, or auto",
         ),
         (
-            recipe.engine.kind != "deepspeed" and bool(recipe.engine.deepspeed_config),
-            ("engine", "kind"),
-            "deepspeed_config is set, so kind must be deepspeed",
+            recipe.engine.offload != "none" and not recipe.engine.kind.startswith("deepspeed"),
+            ("engine", "offload"),
+            f"is DeepSpeed's: engine.kind must be deepspeed_zero2 or deepspeed_zero3, not {recipe.engine.kind}",
+        ),
+        (
+            recipe.engine.offload != "none" and recipe.engine.kind == "deepspeed_zero1",
+            ("engine", "offload"),
+            "needs deepspeed_zero2 or deepspeed_zero3",
+        ),
+        (
+            recipe.engine.offload == "all" and recipe.engine.kind == "deepspeed_zero2",
+            ("engine", "offload"),
+            "the weights of ZeRO-2 stay on the device: offload the optimizer, or take deepspeed_zero3",
+        ),
+        (
+            recipe.engine.kind == "fsdp2" and optimization.precision == "fp16",
+            ("optimization", "precision"),
+            "fsdp2 has no loss scale for fp16; use bf16",
         ),
         (not 0 <= tune.lora.dropout < 1, ("tune", "lora", "dropout"), "must be at least 0 and below 1"),
     ]
@@ -253,12 +283,14 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         ("optimization", "max_grad_norm"): optimization.max_grad_norm,
         ("tune", "lora", "r"): tune.lora.r,
         ("checkpoint", "keep_last"): recipe.checkpoint.keep_last,
+        ("engine", "stall_seconds"): recipe.engine.stall_seconds,
     }
     checks += [(value <= 0, key, f"must be above 0, not {value}") for key, value in positive.items()]
     whole = {
         ("data", "num_workers"): data.num_workers,
         ("data", "prepare_workers"): data.prepare_workers,
         ("checkpoint", "save_every"): recipe.checkpoint.save_every,
+        ("checkpoint", "keep_every"): recipe.checkpoint.keep_every,
         ("monitor", "eval_every"): recipe.monitor.eval_every,
     }
     checks += [(value < 0, key, f"must not be below 0, is {value}") for key, value in whole.items()]

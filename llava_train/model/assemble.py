@@ -59,6 +59,7 @@ def assemble(settings: ModelSettings, template: str, template_name: str, image_p
         torch.manual_seed(seed)
         connector = build_connector(settings.connector, widths(config), config, settings.connector_options)
     model = join(config, tower, llm, connector)
+    require_weights(model)
     spec = ModelSpec(
         vision=PartSource(settings.vision, settings.vision_revision, fingerprint=fingerprint(tower)),
         llm=PartSource(
@@ -132,13 +133,17 @@ def join(
     model.model.language_model = llm.get_decoder()
     model.model.multi_modal_projector = connector
     model.lm_head = llm.get_output_embeddings()
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise CheckpointError(f"no part brings these weights: {', '.join(left[:10])}")
     model.generation_config = llm.generation_config
     model.generation_config.pad_token_id = config.pad_token_id
     model.config.text_config.vocab_size = model.lm_head.weight.shape[0]
     return model.eval()
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raise CheckpointError, naming them, where weights of a joined model are empty still."""
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"no part brings these weights: {', '.join(left[:10])}")
 
 
 def fingerprint(part: nn.Module, rows: int | None = None) -> str:

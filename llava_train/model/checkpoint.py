@@ -8,62 +8,106 @@ chat template and `weights.safetensors`: the weights that differ from the parts'
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
-from llava_train.files import ensure_space, sha256_file, write_json
-from llava_train.model.assemble import Assembly, fingerprint, join, widths
+from llava_train.files import ensure_space, read_json, sha256_file, write_json
+from llava_train.model.assemble import Assembly, fingerprint, join, require_weights, widths
 from llava_train.model.connectors import build_connector
 from llava_train.model.encoders import key_report, load_vision_tower, vision_shape
 from llava_train.model.llm import grow_vocabulary, load_llm, set_rows
 from llava_train.model.spec import MANIFEST, ModelSpec, PartSource, read_spec
 from llava_train.model.tuning import add_lora, merge_lora, part_of
+from llava_train.tensorfile import Entry, write_tensors
 
 WEIGHTS = "weights.safetensors"
 TEMPLATE = "training_template.jinja"
 _NEW_ROWS = ("new_rows.embedding", "new_rows.head")
 
 
-def save_model(assembly: Assembly, folder: Path) -> None:
-    """Write a model folder of ours into `folder` (which exists). Raises StorageError if it does not fit."""
-    tensors = own_tensors(assembly)
-    ensure_space(folder, sum(t.nbytes for t in tensors.values()) + 20_000_000, "the model")
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+@dataclass(frozen=True)
+class Own:
+    """A tensor that a model folder holds: which weight it is, from which row on, and how it lies there."""
+
+    weight: str
+    first_row: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def own_layout(assembly: Assembly, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Own]:
+    """What the parts' sources do not have: trained parts, the connector, adapters, new rows of the vocabulary.
+
+    Asked before an engine spreads the weights, whose shapes are then no longer theirs. `dtypes` are the precisions
+    that frozen weights will have; what trains is written in float32.
+    """
+    spec, model = assembly.spec, assembly.model
+    included = {"vision": spec.vision.included, "connector": True, "llm": spec.llm.included}
+    tied = model.config.tie_word_embeddings
+    trains = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+
+    def own(name: str, tensor: torch.Tensor, first_row: int = 0) -> Own:
+        dtype = torch.float32 if dtypes and name in trains else (dtypes or {}).get(name, tensor.dtype)
+        rows = (tensor.shape[0] - first_row, *tensor.shape[1:]) if first_row else tensor.shape
+        return Own(name, first_row, tuple(rows), dtype)
+
+    layout = {
+        name: own(name, tensor)
+        for name, tensor in model.state_dict().items()
+        if (included[part_of(name)] or ".lora_" in name) and not (tied and name == "lm_head.weight")
+    }
+    if not spec.llm.included:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for key, weight in zip(_NEW_ROWS, weights):
+            if weight.shape[0] > assembly.old_vocabulary:
+                layout[key] = own(names[id(weight)], weight, assembly.old_vocabulary)
+    return layout
+
+
+def model_entries(
+    assembly: Assembly,
+    layout: Mapping[str, Own],
+    whole: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+) -> list[Entry]:
+    """The tensors of a model folder, each to be had when it is written. `whole` gathers what ranks share."""
+    model = assembly.model
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+
+    def get(own: Own) -> torch.Tensor:
+        return whole(named[own.weight])[own.first_row :].to(own.dtype) if own.shape else whole(named[own.weight])
+
+    return [Entry(key, own.dtype, own.shape, partial(get, own)) for key, own in layout.items()]
+
+
+def save_model(assembly: Assembly, folder: Path, entries: list[Entry] | None = None) -> None:
+    """Write a model folder of ours into `folder` (which exists). Raises StorageError if it does not fit.
+
+    `entries` come from `model_entries`; without them the model must be whole in this process.
+    """
+    entries = model_entries(assembly, own_layout(assembly)) if entries is None else entries
+    ensure_space(folder, sum(entry.nbytes for entry in entries) + 20_000_000, "the model")
+    digest = write_tensors(folder / WEIGHTS, entries)
     assembly.model.config.save_pretrained(folder)
     assembly.model.generation_config.save_pretrained(folder)
     assembly.tokenizer.save_pretrained(folder)
     assembly.image_processor.save_pretrained(folder)
     (folder / TEMPLATE).write_text(assembly.template, encoding="utf-8")
-    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    others = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST, WEIGHTS)]
+    files = {WEIGHTS: digest, **{path.name: sha256_file(path) for path in others}}
     write_json(folder / MANIFEST, {**assembly.spec.to_dict(), "files": files})
-
-
-def own_tensors(assembly: Assembly) -> dict[str, torch.Tensor]:
-    """The tensors that the parts' sources do not have: trained parts, the connector, adapters, new rows."""
-    spec, model = assembly.spec, assembly.model
-    included = {"vision": spec.vision.included, "connector": True, "llm": spec.llm.included}
-    tied = model.config.tie_word_embeddings
-    tensors = {
-        name: tensor.detach().contiguous().cpu()
-        for name, tensor in model.state_dict().items()
-        if (included[part_of(name)] or ".lora_" in name) and not (tied and name == "lm_head.weight")
-    }
-    if not spec.llm.included:
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        for key, weight in zip(_NEW_ROWS, (embedding, head)):
-            rows = weight[assembly.old_vocabulary :].detach().clone().cpu()
-            if len(rows):
-                tensors[key] = rows
-    return tensors
 
 
 def model_folder(path: str | Path) -> Path:
@@ -119,6 +163,12 @@ def merged(assembly: Assembly) -> Assembly:
     return replace(assembly, spec=spec)
 
 
+def weights_digest(path: str | Path) -> str | None:
+    """sha256 of the weights in a model folder of ours, as its manifest says; None for a stock Llava folder."""
+    manifest = model_folder(path) / MANIFEST
+    return str(read_json(manifest)["files"][WEIGHTS]) if manifest.is_file() else None
+
+
 def _verify_files(folder: Path) -> None:
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files", {})
     for name, digest in files.items():
@@ -164,7 +214,8 @@ def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     kind = AutoModelForCausalLM if causal else AutoModel
-    return kind.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
+        return kind.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
 def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:
@@ -214,7 +265,7 @@ def _same(source: PartSource, found: str) -> None:
 
 def _fill(assembly: Assembly, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Put the stored tensors into the model; every tensor must find its place and every place its tensor."""
-    expected = own_tensors(assembly)
+    expected = own_layout(assembly)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     mismatched = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
@@ -227,7 +278,10 @@ def _fill(assembly: Assembly, tensors: dict[str, torch.Tensor], folder: Path) ->
     rows = [tensors.pop(key) for key in _NEW_ROWS if key in tensors]
     if rows:
         set_rows(assembly.model, assembly.old_vocabulary, rows[0], rows[1])
-    assembly.model.load_state_dict(tensors, strict=False)
+    assembly.model.load_state_dict(tensors, strict=False, assign=True)
+    if assembly.model.config.tie_word_embeddings:
+        assembly.model.lm_head.weight = assembly.model.get_input_embeddings().weight
+    require_weights(assembly.model)
 
 
 def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:

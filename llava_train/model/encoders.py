@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from llava_train.errors import CheckpointError
+from llava_train.model.spec import screen_configs, screen_weights
 
 _LEADING_TOKENS = {
     "clip_vision_model": 1,
@@ -53,9 +54,11 @@ def load_vision_config(path: str, revision: str | None = None) -> PretrainedConf
 
     Raises CheckpointError for a folder that is no vision encoder.
     """
+    screen_configs(path)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+        # Said in so many words: left open, the library asks at the terminal whether to run a folder's code.
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a folder comes as many types
         raise CheckpointError(f"{path}: no vision encoder can be read from here: {error}") from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in _LEADING_TOKENS:
@@ -83,12 +86,13 @@ def vision_shape(config: PretrainedConfig, image_size: int | None = None) -> Vis
 def load_vision_tower(path: str, revision: str | None = None) -> PreTrainedModel:
     """The tower in its stored precision; every weight must be found (CheckpointError lists what is not)."""
     config = load_vision_config(path, revision)
+    screen_weights(path)
     model_class = _class_of(config)
     try:
         tower, info = model_class.from_pretrained(
-            path, config=config, revision=revision, dtype="auto", output_loading_info=True
+            path, config=config, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what is wrong with weights comes as many types
         raise CheckpointError(f"{path}: the vision encoder cannot be loaded: {error}") from error
     # A two-tower checkpoint brings its text half along; only what the tower lacks is a fault.
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llava_train.errors import CheckpointError
 from llava_train.model.encoders import key_report
+from llava_train.model.spec import screen_configs, screen_layers, screen_weights
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -20,11 +28,12 @@ _PAD_TO_MULTIPLE = 64
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The fast tokenizer of an LLM folder, hub id or GGUF file. Raises CheckpointError."""
     folder, options = _where(path)
+    screen_configs(folder, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what is wrong with a folder comes as many types
         raise CheckpointError(f"{path}: no tokenizer can be read from here: {error}") from error
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path}: {type(tokenizer).__name__} is a slow tokenizer; exact labels need a fast one")
@@ -39,19 +48,27 @@ def load_llm(
     A GGUF file is dequantised to float32 into a plain model of the same architecture.
     """
     folder, options = _where(path)
+    screen_configs(folder, trust_remote_code)
+    if not options:
+        screen_weights(folder)
     try:
+        if options:
+            _screen_gguf(Path(path))
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=revision,
             dtype=torch.float32 if options else "auto",
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            use_safetensors=None if options else True,
             output_loading_info=True,
             **options,
         )
     except ImportError as error:
         raise CheckpointError(f"{path}: {error}; pip install 'llava-train[gguf]'") from error
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what is wrong with weights comes as many types
         raise CheckpointError(f"{path}: no language model can be read from here: {error}") from error
     missing = [key for key in info["missing_keys"] if not (key == "lm_head.weight" and _tied(model))]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
@@ -71,6 +88,14 @@ def _where(path: str) -> tuple[str, dict[str, Any]]:
             raise CheckpointError(f"{path}: no such file")
         return str(file.parent), {"gguf_file": file.name}
     return path, {}
+
+
+def _screen_gguf(file: Path) -> None:
+    """CheckpointError for a file that speaks of more layers than it has room to describe tensors."""
+    with file.open("rb") as stream:
+        tensors = int.from_bytes(stream.read(16)[8:], "little")
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    screen_layers(config.to_dict(), min(tensors, file.stat().st_size // 24), file)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

@@ -101,18 +101,19 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def cast_frozen(model: LlavaForConditionalGeneration, precision: str) -> None:
-    """Put frozen parts into the run's precision.
+def planned_dtypes(model: LlavaForConditionalGeneration, precision: str) -> dict[str, torch.dtype]:
+    """The precision of each weight by name: frozen parts take the run's.
 
-    Trained weights, the connector, and every weight of a part that trains in full stay in float32: layers of one
-    part meet outside autocast, too.
+    Trained weights, the connector, and every weight of a part that trains in full are float32: layers of one part
+    meet outside autocast, too.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     full = {"connector", *(part_of(name) for name in trained if not is_adapter(name))}
-    for name, parameter in model.named_parameters():
-        keep = parameter.requires_grad or part_of(name) in full
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    return {
+        name: torch.float32 if parameter.requires_grad or part_of(name) in full else dtype
+        for name, parameter in model.named_parameters()
+    }
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Group:
     learning_rate: float
     weight_decay: float
     names: tuple[str, ...]
-    parameters: tuple[nn.Parameter, ...]
+    size: int
+    """Number of weights in all of them"""
 
 
 def parameter_groups(
@@ -144,26 +146,28 @@ def parameter_groups(
             (0.0, [pair for pair in trained if pair[1].ndim < 2]),
         ):
             if chosen:
-                names, parameters = zip(*chosen)
-                groups.append(Group(part, rate, decay, names, parameters))
+                size = sum(parameter.numel() for _, parameter in chosen)
+                groups.append(Group(part, rate, decay, tuple(name for name, _ in chosen), size))
     return groups
 
 
-def tuning_table(model: LlavaForConditionalGeneration, tune: TuneSettings, groups: list[Group]) -> str:
-    """What trains, how many weights, at which rate: printed at start."""
+def tuning_table(
+    model: LlavaForConditionalGeneration, tune: TuneSettings, groups: list[Group], dtypes: dict[str, torch.dtype]
+) -> str:
+    """What trains, how many weights, at which rate, and the precision of the rest: printed at start."""
     modes = {"vision": tune.vision.mode, "connector": tune.connector.mode, "llm": tune.llm.mode}
     rows = [("part", "mode", "trained", "of", "rate", "precision of frozen weights")]
     for part in PARTS:
-        parameters = [p for name, p in model.named_parameters() if part_of(name) == part]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        parameters = {name: p for name, p in model.named_parameters() if part_of(name) == part}
+        trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
         rates = {f"{group.learning_rate:g}" for group in groups if group.part == part}
-        frozen = {str(p.dtype).removeprefix("torch.") for p in parameters if not p.requires_grad}
+        frozen = {str(dtypes[n]).removeprefix("torch.") for n, p in parameters.items() if not p.requires_grad}
         rows.append(
             (
                 part,
                 modes[part],
                 f"{trained:,}",
-                f"{sum(p.numel() for p in parameters):,}",
+                f"{sum(p.numel() for p in parameters.values()):,}",
                 ", ".join(sorted(rates)) or "-",
                 ", ".join(sorted(frozen)) or "-",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_train.errors import RecipeError
+from llava_train.training.engines.ranks import Ranks
 
 
 @contextmanager
@@ -43,3 +45,25 @@ def _holder(folder: Path) -> str:
         return f"another run (process {held['process']} on {held['host']}, since {since})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"
+
+
+def require_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise RecipeError where a rank sees another folder under this name than rank 0 does. Every rank calls it."""
+    mark = ranks.agree(secrets.randbits(48))
+    path = folder / ".shared"
+    if ranks.is_main:
+        path.write_text(str(mark), encoding="utf-8")
+    ranks.barrier()
+    try:
+        here = path.read_text(encoding="utf-8") == str(mark)
+    except OSError:
+        here = False
+    apart = ranks.total([float(not here)])[0]
+    if ranks.is_main:
+        path.unlink()
+    if apart:
+        where = f" (rank {ranks.rank} on {socket.gethostname()} sees another)" if not here else ""
+        raise RecipeError(
+            f"{folder}: is not one folder for all ranks{where}; put `output` and `data.cache_dir` on a disk that every "
+            "node has"
+        )

@@ -15,20 +15,31 @@ from llava_train.data.plan import Plan
 from llava_train.errors import TrainingError
 from llava_train.model.tuning import Group
 from llava_train.recipe import Recipe
-from llava_train.training.engine import Engine
+from llava_train.training.checkpoints.saving import Saver
+from llava_train.training.engines.base import Engine
 from llava_train.training.monitor import Monitor
-from llava_train.training.objective import Objective, token_losses
 from llava_train.training.schedule import rate_factor
 from llava_train.training.state import RunState, seed_step
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls but does not know: saving a checkpoint, keeping the best model, being asked to stop."""
+    """What the loop calls but does not know: checkpoints, the best model, being asked to stop, telling of a failure."""
 
-    save: Callable[[RunState], None]
+    saver: Saver
     keep_best: Callable[[RunState], None]
     stop_asked: Callable[[], bool]
+    failed: Callable[[Failure], str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A loss or gradient norm that is not finite, with the samples of this rank that may be to blame."""
+
+    step: int
+    what: str
+    value: float
+    samples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,17 +59,17 @@ def run_loop(
     Raises TrainingError before the update of a step whose loss or gradient is not finite, naming its samples, and
     KeyboardInterrupt after a checkpoint when a rank was asked to stop.
     """
-    total = course.plan.total_steps
+    total, saver = course.plan.total_steps, hooks.saver
     for micro_batches in course.steps:
         started = time.perf_counter()
-        seed_step(recipe.seed, state.step, engine.rank)
+        seed_step(recipe.seed, state.step, engine.ranks.rank)
         factor = rate_factor(state.step, total, recipe.optimization)
-        loss, stop, counts = _forward_backward(engine, micro_batches, state.step, hooks.stop_asked())
+        signs = [float(hooks.stop_asked()), float(saver.written)]
+        loss, (stops, written), counts = _forward_backward(engine, micro_batches, state.step, signs, hooks)
         norm = engine.clip(recipe.optimization.max_grad_norm)
         if not engine.skips_overflow:
-            _require_finite("gradient norm", norm, state.step, micro_batches)
+            _require_finite("gradient norm", norm, state.step, micro_batches, hooks)
         engine.update([group.learning_rate * factor for group in groups])
-        known_late = engine.last_grad_norm()
         state.step += 1
         monitor.step(
             {
@@ -66,17 +77,22 @@ def run_loop(
                 "epoch": course.plan.epoch_at(state.step - 1),
                 "loss": loss,
                 "learning_rate": recipe.optimization.learning_rate * factor,
-                "grad_norm": norm if known_late is None else known_late,
+                "grad_norm": norm,
                 **counts,
                 "seconds": time.perf_counter() - started,
             }
         )
+        if written == engine.ranks.world_size:
+            saver.commit()
         if course.validation and _due(state.step, recipe.monitor.eval_every, total):
             _evaluate(engine, course.validation(), state, monitor, hooks)
-        if stop or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
-            hooks.save(state)
-        if stop:
+        if stops or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
+            monitor.sync()
+            saver.save(state)
+        if stops:
+            saver.finish()
             raise KeyboardInterrupt
+    saver.finish()
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -84,19 +100,21 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _forward_backward(
-    engine: Engine, micro_batches: list[Batch], step: int, stop: bool
-) -> tuple[float, bool, dict[str, int]]:
-    """The step's loss over all ranks with its gradients in place, whether any rank is to stop, and the counts."""
+    engine: Engine, micro_batches: list[Batch], step: int, signs: list[float], hooks: Hooks
+) -> tuple[float, list[float], dict[str, int]]:
+    """The step's loss over all ranks with its gradients in place, sums of the ranks' `signs`, and the counts."""
     shares: list[torch.Tensor] = []
     for index, batch in enumerate(micro_batches):
         with engine.accumulate(last=index == len(micro_batches) - 1):
-            share = engine.module(batch.to(engine.device))
+            share = engine.module(batch.to(engine.ranks.device))
             engine.backward(share)
         shares.append(share.detach().double())
-    samples, tokens, supervised = _count(micro_batches)
-    loss, stops, *counts = engine.total([float(sum(shares)), float(stop), samples, tokens, supervised])
-    _require_finite("loss", loss, step, micro_batches)
-    return loss, stops > 0, dict(zip(("samples", "tokens", "supervised_tokens"), map(int, counts)))
+    loss, *totals = engine.ranks.total([float(sum(shares)), *signs, *_count(micro_batches)])
+    if not math.isfinite(loss):
+        blamed = [batch for batch, share in zip(micro_batches, shares) if not math.isfinite(share)]
+        _require_finite("loss", loss, step, blamed, hooks)
+    counts = map(int, totals[len(signs) :])
+    return loss, totals[: len(signs)], dict(zip(("samples", "tokens", "supervised_tokens"), counts))
 
 
 def _count(micro_batches: list[Batch]) -> tuple[int, int, int]:
@@ -110,14 +128,10 @@ def _count(micro_batches: list[Batch]) -> tuple[int, int, int]:
     return samples, tokens, supervised
 
 
-def _require_finite(what: str, value: float, step: int, micro_batches: list[Batch]) -> None:
+def _require_finite(what: str, value: float, step: int, micro_batches: list[Batch], hooks: Hooks) -> None:
     if not math.isfinite(value):
-        names = [name for batch in micro_batches for name in batch.ids]
-        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        raise TrainingError(
-            f"step {step + 1}: the {what} is {value}; stopped before the update. Samples of this rank: {shown}. "
-            "Try a lower learning rate, or precision bf16 instead of fp16"
-        )
+        samples = tuple(name for batch in micro_batches for name in batch.ids)
+        raise TrainingError(hooks.failed(Failure(step + 1, what, value, samples)))
 
 
 def _evaluate(engine: Engine, batches: Iterator[Batch], state: RunState, monitor: Monitor, hooks: Hooks) -> None:
@@ -130,16 +144,11 @@ def _evaluate(engine: Engine, batches: Iterator[Batch], state: RunState, monitor
 
 
 def validation_loss(engine: Engine, batches: Iterator[Batch]) -> tuple[float, int]:
-    """(mean nll of a supervised token, number of them) over all ranks."""
-    objective = engine.unwrapped
-    assert isinstance(objective, Objective)
-    objective.eval()
+    """(mean nll of a supervised token, number of them) over all ranks, each of which brings as many batches."""
     total, count = 0.0, 0
-    with torch.inference_mode(), engine.accelerator.autocast():
+    with engine.evaluating() as module:
         for batch in batches:
-            nll_S, _ = token_losses(objective.model, batch.to(engine.device))
-            total += float(nll_S.double().sum())
-            count += len(nll_S)
-    objective.train()
-    total, counted = engine.total([total, count])
+            total += float(module(batch.to(engine.ranks.device)))
+            count += _count([batch])[2]
+    total, counted = engine.ranks.total([total, count])
     return total / max(1.0, counted), int(counted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
+from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
 from llava_train.data.mixture import Mixture, Share, capped, mix
 from llava_train.data.pictures.media import Media
@@ -29,23 +30,22 @@ from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.spec import MANIFEST, read_spec
 from llava_train.recipe import Recipe, SourceSettings
 from llava_train.storage import expand_paths, is_remote
-from llava_train.training.engine import Engine
+from llava_train.training.engines.ranks import Ranks
 from llava_train.training.loop import Course
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a recipe reads: the training set with its mixture and, where it holds some out, the validation set."""
+    """What a recipe reads: the training set with its mixture and, where it holds some out, the validation set.
+
+    `tokenizer` is the digest of the tokenizer they were made with.
+    """
 
     train: PreparedSet
     validation: PreparedSet | None
     mixture: Mixture
     validation_rows: np.ndarray
-
-    @property
-    def train_rows(self) -> np.ndarray:
-        """Rows that an epoch draws from, each once."""
-        return np.concatenate([part.rows for part in self.mixture.parts])
+    tokenizer: str
 
 
 def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
@@ -119,10 +119,10 @@ def _source(settings: SourceSettings, encoder: Encoder, recipe: Recipe) -> Sourc
     )
 
 
-def prepare_in_turn(recipe: Recipe, engine: Engine) -> Prepared:
+def prepare_in_turn(recipe: Recipe, ranks: Ranks) -> Prepared:
     """Rank 0 prepares; the others then find the set in the cache. No weights are loaded for it."""
-    mine = prepare(recipe) if engine.is_main else None
-    engine.barrier()
+    mine = prepare(recipe) if ranks.is_main else None
+    ranks.barrier()
     return mine or prepare(recipe)
 
 
@@ -132,6 +132,7 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
         raise RecipeError("data.train: names no source of training data")
     cache, workers = Path(recipe.data.cache_dir).expanduser(), recipe.data.prepare_workers
     encoders = encoders_of(recipe)
+    tokenizer = next(iter(encoders.values())).tokenizer_digest
     train_set = prepare_set(sources_of(recipe, None, encoders), cache, "train", workers, rebuild)
     rows = [train_set.rows_of_source(number) for number in range(len(recipe.data.train))]
     shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
@@ -142,9 +143,9 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
             capped(held_out.rows_of_source(number), source.cap, recipe.seed, number)
             for number, source in enumerate(recipe.data.validation)
         ]
-        return Prepared(train_set, held_out, mix(rows, shares, recipe.seed), np.concatenate(taken))
+        return Prepared(train_set, held_out, mix(rows, shares, recipe.seed), np.concatenate(taken), tokenizer)
     kept, held = _hold_out(rows, recipe.data.validation_fraction, recipe.seed)
-    return Prepared(train_set, train_set if len(held) else None, mix(kept, shares, recipe.seed), held)
+    return Prepared(train_set, train_set if len(held) else None, mix(kept, shares, recipe.seed), held, tokenizer)
 
 
 def _hold_out(rows: list[np.ndarray], fraction: float, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -203,24 +204,26 @@ def padding_of(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
     return {**shares, "avoided": shares["random"] - shares["planned"]}
 
 
-def course_of(recipe: Recipe, assembly: Assembly, prepared: Prepared, engine: Engine, first_step: int) -> Course:
+def course_of(recipe: Recipe, assembly: Assembly, prepared: Prepared, ranks: Ranks, first_step: int) -> Course:
     """The plan of a run with its batches from `first_step` on, for this rank."""
     plan = plan_of(recipe, prepared)
     pad_id = int(assembly.tokenizer.pad_token_id)
     images = ImageReader(assembly.image_processor)
     micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
     reader = BatchReader(prepared.train, images, pad_id)
-    dataset = StepDataset(reader, plan, (engine.rank, engine.world_size), micro)
+    dataset = StepDataset(reader, plan, (ranks.rank, ranks.world_size), micro)
     steps = load_steps(dataset, first_step, recipe.data.num_workers)
     if prepared.validation is None:
         return Course(plan, steps, None)
     held_out = BatchReader(prepared.validation, images, pad_id)
-    mine = prepared.validation_rows[engine.rank :: engine.world_size].tolist()
+    mine = _shares(prepared.validation_rows.tolist(), recipe.optimization.micro_batch_size, ranks)
+    return Course(plan, steps, lambda: map(held_out, mine))
 
-    def validation() -> Iterator[Batch]:
-        size = recipe.optimization.micro_batch_size
-        for start in range(0, len(mine), size):
-            rows = tuple(mine[start : start + size])
-            yield held_out(MicroBatch(rows, (0.0,) * len(rows)))
 
-    return Course(plan, steps, validation)
+def _shares(rows: list[int], size: int, ranks: Ranks) -> list[MicroBatch]:
+    """This rank's held-out micro-batches, as many as every other rank's: the last may be a row of no weight."""
+    share = rows[ranks.rank :: ranks.world_size]
+    batches = [share[start : start + size] for start in range(0, len(share), size)]
+    filling = math.ceil(math.ceil(len(rows) / ranks.world_size) / size) - len(batches)
+    real = [MicroBatch(tuple(batch), (1.0,) * len(batch)) for batch in batches]
+    return real + [MicroBatch((rows[0],), (0.0,))] * filling

@@ -61,6 +61,11 @@ class Monitor:
         for tracker in self._trackers:
             tracker.log(values, step=row["step"])
 
+    def sync(self) -> None:
+        """Force the rows to the disk: a checkpoint that outlives a crash must find the rows before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """End the bar, the trackers and the file."""
         if self._file is not None:

@@ -17,24 +17,29 @@ from llava_train.data.encode import IGNORE
 class Objective(nn.Module):
     """The model with its loss as one module, so that DDP and DeepSpeed wrap both together."""
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, always_look: bool = False) -> None:
+        """`always_look` runs the tower for text alone even where nothing of it trains: see `_embeddings`."""
         super().__init__()
         self.model = model
+        sides = (model.model.vision_tower, model.model.multi_modal_projector)
+        self.looks = always_look or any(p.requires_grad for side in sides for p in side.parameters())
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""
-        nll_S, rows_S = token_losses(self.model, batch)
+        nll_S, rows_S = token_losses(self.model, batch, self.looks)
         return (nll_S * batch.weights[rows_S]).sum()
 
 
-def token_losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(
+    model: LlavaForConditionalGeneration, batch: Batch, looks: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihoods of the supervised tokens (S,) and the row of the batch each is in (S,).
 
     Only supervised positions reach the LM head: at LLaVA's lengths that is one in five, and the logits of
     the rest would be thrown away.
     """
     hidden_BTD = model.model(
-        **_inputs(model, batch), attention_mask=batch.attention_mask, use_cache=False
+        inputs_embeds=_embeddings(model, batch, looks), attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
     targets = batch.labels[:, 1:]
     rows_S, columns_S = (targets != IGNORE).nonzero(as_tuple=True)
@@ -42,20 +47,24 @@ def token_losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[to
     return cross_entropy(logits_SV, targets[rows_S, columns_S], reduction="none"), rows_S
 
 
-def _inputs(model: LlavaForConditionalGeneration, batch: Batch) -> dict[str, torch.Tensor]:
-    """Ids and pixels; for text alone, embeddings with a blank picture in their graph, times zero.
+def _embeddings(model: LlavaForConditionalGeneration, batch: Batch, looks: bool) -> torch.Tensor:
+    """What the language model reads, (B, T, D): embedded ids with the features of pictures in their places.
 
-    Without it connector and tower get no gradient from a micro-batch of text, and ranks that wait for one hang.
-    It goes the way of a real picture, because ZeRO reduces gradients in the order in which they come: ranks
-    whose order differs would add up gradients of different weights.
+    Where the model `looks`, text alone is given a blank picture times zero. Without it connector and tower get no
+    gradient from such a micro-batch, and ranks that wait for one hang; where weights are spread over ranks (ZeRO-3,
+    FSDP2), a rank that does not gather those of the tower keeps the others waiting. Both go the same way, module by
+    module: ZeRO reduces gradients, and fetches weights ahead, in the order in which modules were used, and ranks whose
+    order differs would add up gradients of different weights or wait for one another.
     """
-    if batch.pixel_values is not None:
-        return {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
-    embeddings = model.get_input_embeddings()(batch.input_ids)
-    sides = (model.model.vision_tower, model.model.multi_modal_projector)
-    if any(parameter.requires_grad for side in sides for parameter in side.parameters()):
+    embeddings_BTD = model.get_input_embeddings()(batch.input_ids)
+    pixels = batch.pixel_values
+    if pixels is None and looks:
         size = model.config.vision_config.image_size
-        blank = torch.zeros(1, 3, size, size, device=model.device, dtype=model.dtype)
-        features = torch.cat(model.model.get_image_features(blank).pooler_output)
-        embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
-    return {"inputs_embeds": embeddings}
+        pixels = torch.zeros(1, 3, size, size, device=embeddings_BTD.device, dtype=embeddings_BTD.dtype)
+    if pixels is None:
+        return embeddings_BTD
+    features = torch.cat(model.model.get_image_features(pixels).pooler_output).to(embeddings_BTD.dtype)
+    if batch.pixel_values is None:
+        return embeddings_BTD + 0.0 * features.sum()
+    places_BT1 = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
+    return embeddings_BTD.masked_scatter(places_BT1, features)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from llava_train import load_model, load_recipe, train
 from llava_train.errors import CheckpointError
 from llava_train.model.checkpoint import WEIGHTS, merged, model_folder, save_model
-from llava_train.training.run import build
+from llava_train.training.setup import build
 from tests import tiny
 from tests.model.test_connectors import EVERY, QFORMER
 

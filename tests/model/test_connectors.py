@@ -7,7 +7,7 @@ from torch import nn
 from llava_train import load_recipe
 from llava_train.errors import RecipeError
 from llava_train.model.connectors import CONNECTORS, connector_class, connector_tokens
-from llava_train.training.run import build
+from llava_train.training.setup import build
 from tests import tiny
 
 QFORMER = "{num_queries: 3, num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2}"

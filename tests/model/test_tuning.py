@@ -7,14 +7,14 @@ from llava_train import load_recipe
 from llava_train.errors import RecipeError
 from llava_train.model.tuning import (
     apply_tuning,
-    cast_frozen,
     is_adapter,
     merge_lora,
     parameter_groups,
+    planned_dtypes,
     part_of,
     tuning_table,
 )
-from llava_train.training.run import build
+from llava_train.training.setup import build
 from tests import tiny
 
 
@@ -69,20 +69,22 @@ def test_groups_have_their_rates_and_no_decay_on_vectors(workplace: Path) -> Non
     groups = parameter_groups(model, recipe.tune, recipe.optimization)
     assert {(g.part, g.learning_rate) for g in groups} == {("vision", 0.01), ("connector", 3e-5), ("llm", 0.01)}
     for group in groups:
-        assert all((p.ndim >= 2) == (group.weight_decay > 0) for p in group.parameters)
+        parameters = [model.get_parameter(name) for name in group.names]
+        assert all((p.ndim >= 2) == (group.weight_decay > 0) for p in parameters)
+        assert group.size == sum(p.numel() for p in parameters)
     counted = sum(len(group.names) for group in groups)
     assert counted == sum(p.requires_grad for p in model.parameters())
-    table = tuning_table(model, recipe.tune, groups)
+    table = tuning_table(model, recipe.tune, groups, planned_dtypes(model, "bf16"))
     assert "connector  full" in table
     assert "3e-05" in table
 
 
 def test_frozen_weights_take_the_runs_precision(workplace: Path) -> None:
     _, model, _ = tuned(workplace)
-    cast_frozen(model, "bf16")
+    dtypes = planned_dtypes(model, "bf16")
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if parameter.requires_grad or part_of(name) == "connector" else torch.bfloat16
-        assert parameter.dtype == wanted
+        assert dtypes[name] == wanted
 
 
 def test_merging_changes_no_logit(workplace: Path) -> None:

@@ -31,8 +31,8 @@ def test_a_second_run_on_a_folder_is_refused_and_touches_nothing(workplace: Path
             train(recipe, fresh=fresh)
         assert contents(run) == held
     assert {name: held[name] for name in before if name != ".lock"} == {n: v for n, v in before.items() if n != ".lock"}
-    with pytest.raises(RecipeError, match="holds a finished run"):
-        train(recipe)
+    with pytest.raises(RecipeError, match="holds a finished run of another recipe"):
+        train(load_recipe(tiny.make_recipe(workplace), ["optimization.max_steps=3"]))
 
 
 def test_other_ranks_do_not_lock(tmp_path: Path) -> None:

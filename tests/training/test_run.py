@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_train import load_recipe, train
 from llava_train.errors import CheckpointError, LlavaTrainError, RecipeError, StorageError, TrainingError
@@ -87,16 +87,21 @@ def test_a_damaged_checkpoint_is_passed_over(
         stop_after(patch, 7)
         with pytest.raises(StoppedError):
             train(recipe)
-    path = workplace / "run" / "checkpoints" / "step-6" / "weights.safetensors"
+    path = workplace / "run" / "checkpoints" / "step-6" / "state-00000-of-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
     resumed = train(recipe)
-    assert "step-6: passed over: weights.safetensors does not match" in capsys.readouterr().err
+    assert "step-6: passed over: state-00000-of-00001.safetensors does not match" in capsys.readouterr().err
     assert rows_of(resumed) == rows_of(finished)
 
 
-def test_another_run_does_not_resume(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RATE = "optimization.learning_rate"
+
+
+def test_another_run_does_not_resume(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tiny.make_recipe(workplace)
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
@@ -110,15 +115,44 @@ def test_another_run_does_not_resume(workplace: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=r"data\.train: was"):
         train(load_recipe(path))
     file.write_text(before)
-    train(load_recipe(path, ["monitor.eval_every=2"]))
+    train(load_recipe(path, ["monitor.eval_every=2", "optimization.learning_rate=0.02"]), allowed=[RATE])
+    assert f"resuming although {RATE} was 0.01, is 0.02" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_overwritten(workplace: Path) -> None:
-    recipe = load_recipe(tiny.make_recipe(workplace), ["optimization.max_steps=2"])
-    train(recipe)
-    with pytest.raises(RecipeError, match="holds a finished run"):
-        train(recipe)
+def test_another_tokenizer_or_other_weights_do_not_resume(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.make_recipe(workplace)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(StoppedError):
+            train(load_recipe(path))
+    weights = workplace / "llm" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weights\.llm: was '\w+', is '\w+'$"):
+        train(load_recipe(path))
+    tensors["model.norm.weight"] -= 1
+    save_file(tensors, weights, {"format": "pt"})
+    file = workplace / "llm" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
+    file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(CheckpointError, match=r"\n  tokenizer: was '\w+', is '\w+'"):
+        train(load_recipe(path))
+
+
+def test_a_finished_run_is_not_overwritten(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.make_recipe(workplace)
+    recipe = load_recipe(path, ["optimization.max_steps=2"])
+    run = train(recipe)
+    weights = run / "final" / WEIGHTS
+    before = weights.stat().st_mtime_ns
+    assert train(recipe) == run
+    assert "finished at step 2; nothing is left to do" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="holds a finished run of another recipe"):
+        train(load_recipe(path, ["optimization.max_steps=3"]))
+    assert weights.stat().st_mtime_ns == before
     train(recipe, fresh=True)
+    assert weights.stat().st_mtime_ns > before
 
 
 def test_what_is_not_finite_stops_before_the_update(workplace: Path) -> None:

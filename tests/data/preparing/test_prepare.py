@@ -380,8 +380,9 @@ def test_missing_files_are_named(workplace: Path) -> None:
 def test_held_out_samples_are_not_trained_on(workplace: Path) -> None:
     prepared = prepare(load_recipe(tiny.make_recipe(workplace)))
     assert len(prepared.validation_rows) == 5
-    assert not set(prepared.train_rows) & set(prepared.validation_rows)
-    assert sorted([*prepared.train_rows, *prepared.validation_rows]) == list(range(24))
+    train_rows = np.concatenate([part.rows for part in prepared.mixture.parts])
+    assert not set(train_rows) & set(prepared.validation_rows)
+    assert sorted([*train_rows, *prepared.validation_rows]) == list(range(24))
     file = workplace / "data" / "data.json"
     recipe = load_recipe(
         tiny.make_recipe(workplace), ["data.validation_fraction=0", f"data.validation=[{{path: '{file}'}}]"]

@@ -1,0 +1,100 @@
+"""PyTorch's FSDP2: every weight is spread over the ranks by rows, a layer is gathered when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from llava_train.errors import RecipeError
+from llava_train.model.tuning import Group
+from llava_train.recipe import OptimizationSettings, Recipe
+from llava_train.training.engines.base import PRECISIONS, Engine, Fragment, adamw, cast, names_of, units
+from llava_train.training.engines.ranks import Ranks
+
+
+class Fsdp2(Engine):
+    """`fully_shard` on each layer, then on what is left. Trained weights are float32 and gathered in the precision."""
+
+    shards_weights = True
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        super().__init__(recipe, ranks)
+        if ranks.world_size == 1:
+            raise RecipeError(
+                "engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun"
+            )
+        self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        dtype = PRECISIONS[self.precision]
+        self.policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+
+    @property
+    def description(self) -> str:
+        """One line for the table at start."""
+        return f"FSDP2 over {self.ranks.world_size} processes"
+
+    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+        """Cast and shard a layer at a time: no rank ever holds a second copy of more than one."""
+        names = names_of(objective)
+        inner = MixedPrecisionPolicy(self.policy.param_dtype, self.policy.reduce_dtype)
+        for unit in units(objective):
+            cast(unit, names, dtypes)
+            fully_shard(unit, mesh=self.mesh, mp_policy=inner)
+        for parameter, name in names.items():
+            if not isinstance(parameter, DTensor) and name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+        fully_shard(objective, mesh=self.mesh, mp_policy=self.policy)
+
+    def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
+        """The optimizer over the shards."""
+        named = {name: parameter for parameter, name in names_of(objective).items()}
+        self.trained = {name: named[name] for group in groups for name in group.names}
+        self.module, self.optimizer = objective, adamw(named, groups, optimization)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Gradients meet over ranks in the backward pass of the last micro-batch."""
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a share of the loss. Ranks are averaged by FSDP, hence the factor."""
+        (loss * self.ranks.world_size).backward()
+
+    def clip(self, max_norm: float) -> float:
+        """Scale gradients down to `max_norm`; the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def update(self, rates: list[float]) -> None:
+        """One optimizer step, then gradients are cleared."""
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def saves(self) -> bool:
+        """Each rank holds rows of its own."""
+        return True
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's rows of each trained weight: `torch.chunk` along the first dimension."""
+        found = []
+        for name, parameter in self.trained.items():
+            row = prod(parameter.shape[1:])
+            first = -(-parameter.shape[0] // self.ranks.world_size) * self.ranks.rank
+            count = parameter.to_local().numel()
+            if count:
+                found.append(Fragment(name, first * row, count, parameter))
+        return found
+
+    def whole(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Gathered from all ranks."""
+        return (parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()).cpu()

@@ -1,0 +1,154 @@
+"""Everything of a run that stands before its first step: data, model, engine, plan, and what it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_train.data.pictures.images import build_image_processor
+from llava_train.data.plan import Plan
+from llava_train.data.templates.fit import resolve_template
+from llava_train.model.assemble import Assembly, assemble, with_spec
+from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
+from llava_train.model.encoders import load_vision_config, vision_shape
+from llava_train.model.llm import load_tokenizer
+from llava_train.model.tuning import Group, apply_tuning, parameter_groups, planned_dtypes, tuning_table
+from llava_train.recipe import Recipe
+from llava_train.training.checkpoints.resuming import load_state, newest, require_same_run
+from llava_train.training.engines.base import Engine
+from llava_train.training.engines.choice import Load, make_engine
+from llava_train.training.engines.ranks import Ranks
+from llava_train.training.material import Prepared, plan_of, prepare_in_turn
+from llava_train.training.objective import Objective
+from llava_train.training.state import RunState
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run that is ready for its next step.
+
+    Attributes:
+        engine: has the model in its hands.
+        why: why it is this engine.
+        assembly: the model with what belongs to it; its weights may be spread over ranks.
+        layout: what of it a model folder holds.
+        table: what trains, for the start.
+        identity: what must not change on resume.
+        state: where the run stands.
+    """
+
+    engine: Engine
+    why: str
+    assembly: Assembly
+    layout: dict[str, Own]
+    groups: list[Group]
+    table: str
+    prepared: Prepared
+    plan: Plan
+    identity: dict[str, Any]
+    state: RunState
+
+
+def set_up(recipe: Recipe, ranks: Ranks, folder: Path, allowed: Sequence[str] = ()) -> Setup:
+    """Prepare, build, place, and go on from the newest checkpoint in `folder`. Writes nothing into it.
+
+    Every rank calls it. Raises what `train` raises.
+    """
+    prepared = prepare_in_turn(recipe, ranks)
+    checkpoint = newest(folder, ranks)
+    assembly = _tuned(recipe, build(recipe))
+    identity = identity_of(recipe, prepared, assembly)
+    if checkpoint is not None:
+        require_same_run(checkpoint, identity, allowed)
+    groups = parameter_groups(assembly.model, recipe.tune, recipe.optimization)
+    planned = planned_dtypes(assembly.model, recipe.optimization.precision)
+    engine, why = make_engine(recipe, ranks, _load(assembly, planned))
+    dtypes = engine.dtypes(planned)
+    layout = own_layout(assembly, dtypes)
+    table = tuning_table(assembly.model, recipe.tune, groups, dtypes)
+    objective = Objective(assembly.model, engine.shards_weights).train()
+    engine.place(objective, dtypes)
+    engine.attach(objective, groups, recipe.optimization)
+    state = load_state(checkpoint, engine, groups) if checkpoint is not None else RunState()
+    return Setup(engine, why, assembly, layout, groups, table, prepared, plan_of(recipe, prepared), identity, state)
+
+
+def build(recipe: Recipe) -> Assembly:
+    """The model of a recipe: assembled from parts, or taken from `init_from` (its adapters folded in)."""
+    if recipe.init_from:
+        assembly = merged(load_model(recipe.init_from, torch.float32, recipe.model.attn_implementation))
+        name, template = resolve_template(recipe.data.template, assembly.tokenizer)
+        history = (*assembly.spec.history, recipe.init_from)
+        assembly = with_spec(assembly, template=name, history=history)
+        return replace(assembly, template=template)
+    tokenizer = load_tokenizer(recipe.model.llm, recipe.model.llm_revision, recipe.model.trust_remote_code)
+    name, template = resolve_template(recipe.data.template, tokenizer)
+    config = load_vision_config(recipe.model.vision, recipe.model.vision_revision)
+    size = vision_shape(config, recipe.model.image_size).image_size
+    processor = build_image_processor(
+        recipe.model.vision, recipe.model.image_aspect_ratio, size, recipe.model.vision_revision
+    )
+    return assemble(recipe.model, template, name, processor, recipe.seed)
+
+
+def _tuned(recipe: Recipe, assembly: Assembly) -> Assembly:
+    """Mark what trains; the parts that train in full become the model's own."""
+    if recipe.optimization.gradient_checkpointing:
+        assembly.model.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = apply_tuning(assembly.model, recipe.tune, recipe.seed)
+    spec = assembly.spec
+    return with_spec(
+        assembly,
+        lora=lora,
+        vision=replace(spec.vision, included=spec.vision.included or recipe.tune.vision.mode == "full"),
+        llm=replace(spec.llm, included=spec.llm.included or recipe.tune.llm.mode == "full"),
+    )
+
+
+def _load(assembly: Assembly, dtypes: dict[str, torch.dtype]) -> Load:
+    """What the model asks of memory."""
+    named = dict(assembly.model.named_parameters())
+    frozen = sum(p.numel() * dtypes[name].itemsize for name, p in named.items() if not p.requires_grad)
+    return Load(frozen, sum(p.numel() for p in named.values() if p.requires_grad))
+
+
+def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[str, Any]:
+    """What must not change on resume. Where it runs and what it reports may."""
+    values = recipe.to_dict()
+    for free in ("name", "output", "engine", "checkpoint", "monitor"):
+        values.pop(free)
+    for free in ("cache_dir", "prepare_workers", "num_workers", "train", "validation"):
+        values["data"].pop(free)
+    values["tokenizer"] = prepared.tokenizer
+    values["weights"] = {"vision": assembly.spec.vision.fingerprint, "llm": assembly.spec.llm.fingerprint}
+    if recipe.init_from:
+        values["weights"]["init_from"] = weights_digest(recipe.init_from)
+    values["data.train"] = prepared.train.contents
+    values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
+    values["data.validation"] = prepared.validation.contents if prepared.validation else None
+    return _flatten(values)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def state_facts(setup: Setup) -> dict[str, Any]:
+    """What state.json says beside the place of the run."""
+    ranks = setup.engine.ranks
+    return {
+        "world_size": ranks.world_size,
+        "engine": setup.engine.description,
+        "scale": setup.engine.scale_state(),
+        "identity": setup.identity,
+    }
