@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llava-train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_prepare, _add_inspect, _add_train, _add_evaluate, _add_export, _add_chat):
+    for add in (_add_demo, _add_prepare, _add_inspect, _add_train, _add_replay, _add_evaluate, _add_export, _add_chat):
         command = add(commands)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' logs")
@@ -86,13 +86,33 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     _recipe_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="start over: removes what the run folder holds")
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="resume although this key (as the refusal names it) has changed; can be given several times",
+    _allow_change_argument(parser)
+    return parser
+
+
+def _add_replay(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "replay",
+        help="look again at a step whose loss or gradient was not finite",
+        description="Makes the steps from the newest checkpoint before that step again, as the run made them, and\n"
+        "looks at each sample of the step by itself. Works in one process, on a CPU too, whatever the run was\n"
+        "made with, and only reads the run folder.\n\n"
+        "Prints one JSON a sample, those that are not finite first: sample (id and place), finite, loss (of a\n"
+        "supervised token), grad_norm, tokens, supervised_tokens. On stderr: which samples they are, the first\n"
+        "module whose output is not finite and what went into it (or the first backward operation), then the\n"
+        "learning rates and the largest weights.",
     )
+    parser.add_argument("run", metavar="RUN", help="the folder of the run (key `output` of its recipe)")
+    parser.add_argument(
+        "--step", type=_count, help="the step, from 1 (default: the one that failed last, see RUN/failed)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: as the run, a GPU if there is one"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="another than the run's: does it happen in fp32 too?"
+    )
+    _allow_change_argument(parser)
     return parser
 
 
@@ -156,6 +176,16 @@ def _count(text: str) -> int:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=_RECIPE_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDE_HELP)
+
+
+def _allow_change_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this key (as the refusal names it) has changed; can be given several times",
+    )
 
 
 def _placement_arguments(parser: argparse.ArgumentParser) -> None:

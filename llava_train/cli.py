@@ -161,6 +161,16 @@ def _train(options: argparse.Namespace) -> None:
         print(folder)
 
 
+def _replay(options: argparse.Namespace) -> None:
+    from llava_train.training.replay import replay
+
+    device = None if options.device == "auto" else options.device
+    found = replay(Path(options.run), options.step, device, options.precision, options.allow_change)
+    for look in found.looks:
+        print(json.dumps(look.row(), ensure_ascii=False))
+    print(found.summary, file=sys.stderr)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from llava_train.evaluation.run import evaluate
 
@@ -203,6 +213,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "prepare": _prepare,
     "inspect": _inspect,
     "train": _train,
+    "replay": _replay,
     "evaluate": _evaluate,
     "export": _export,
     "chat": _chat,

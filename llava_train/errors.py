@@ -58,3 +58,14 @@ class TrainingError(LlavaTrainError):
     """Training cannot go on (a loss that is not finite, a step that failed)."""
 
     exit_code = 1
+
+
+class StoppedError(LlavaTrainError):
+    """A signal stopped the run, after a checkpoint. `exit_code` is what a shell says of that signal."""
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(step, number)
+        self.step, self.exit_code = step, 128 + number
+
+    def __str__(self) -> str:
+        return f"stopped after step {self.step} with a checkpoint; the same command goes on"

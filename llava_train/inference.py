@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from llava_train.data.encode import control_pattern
 from llava_train.data.pictures.images import pixel_values
 from llava_train.data.templates.fit import stop_token
 from llava_train.data.templates.template import has_marks, portable
@@ -44,13 +45,19 @@ def read_pixels(assembly: Assembly, image: Image.Image) -> torch.Tensor:
 
 def render(assembly: Assembly, messages: Sequence[Message]) -> str:
     """The prompt as text, one `<image>` a picture, up to where the assistant is to speak."""
-    for each in messages:
-        for part in each["content"]:
-            if IMAGE_TOKEN in part.get("text", ""):
-                raise DataError(f"the text holds {IMAGE_TOKEN!r}, which stands for a picture; give pictures as files")
-    text = assembly.tokenizer.apply_chat_template(
-        list(messages), chat_template=portable(assembly.template), tokenize=False, add_generation_prompt=True
-    )
+    control = control_pattern(assembly.tokenizer, assembly.template)
+    for part in (part for each in messages for part in each["content"]):
+        found = control.search(part.get("text", ""))
+        if found and found.group() == IMAGE_TOKEN:
+            raise DataError(f"the text holds {IMAGE_TOKEN!r}, which stands for a picture; give pictures as files")
+        if found:
+            raise DataError(f"the text holds the control token {found.group()!r}; write it in another way")
+    try:
+        text = assembly.tokenizer.apply_chat_template(
+            list(messages), chat_template=portable(assembly.template), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program, and can fail in any way
+        raise DataError(f"the model's chat template cannot be rendered: {error}") from error
     assert isinstance(text, str)
     return text
 

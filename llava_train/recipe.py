@@ -142,7 +142,7 @@ class EngineSettings:
     offload: Literal["none", "optimizer", "all"] = "none"
     deepspeed_config: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    stall_seconds: float = 50.0
+    stall_seconds: float = 52.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ between two that touch there is no text (tested for every template).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.sample import IMAGE_MARKER, ImageRef, Sample, Turn
-from llava_train.errors import RecordError
+from llava_train.data.templates.marking import PROBES, rendering
+from llava_train.errors import DataError, RecordError
 from llava_train.files import sha256_json
 
 IGNORE = -100
@@ -94,16 +96,31 @@ class Encoder:
 
     def __post_init__(self) -> None:
         """Look up `<image>` and the control tokens once."""
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens |= set(self.tokenizer.all_special_tokens) | {IMAGE_MARKER}
-        pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-        object.__setattr__(self, "control", re.compile(pattern))
+        object.__setattr__(self, "control", control_pattern(self.tokenizer, self.template))
         object.__setattr__(self, "image_token_id", self.tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
 
     @cached_property
     def tokenizer_digest(self) -> str:
         """Hash of the tokenizer, which takes a moment for a large vocabulary."""
         return sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map])
+
+
+def control_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+    """What no text may hold: special tokens, and added ones that the template writes, whatever they are called.
+
+    Added tokens that are neither (`<think>`) are content.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    written = "".join(_rendered(template, tokenizer))
+    tokens = {str(token) for token in added if token.special or str(token) in written}
+    tokens |= {*tokenizer.all_special_tokens, IMAGE_MARKER}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def _rendered(template: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for probe in PROBES:
+        with suppress(DataError):  # some templates refuse a system text
+            yield rendering(template, tokenizer, probe)[0]
 
 
 def messages_of(sample: Sample) -> list[dict[str, str]]:

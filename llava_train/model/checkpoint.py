@@ -7,7 +7,6 @@ chat template and `weights.safetensors`: the weights that differ from the parts'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +21,20 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from llava_train.errors import CheckpointError
+from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import ensure_space, read_json, sha256_file, write_json
 from llava_train.model.assemble import Assembly, fingerprint, join, require_weights, widths
 from llava_train.model.connectors import build_connector
 from llava_train.model.encoders import key_report, load_vision_tower, vision_shape
 from llava_train.model.llm import grow_vocabulary, load_llm, set_rows
+from llava_train.model.screening import (
+    count_tensors,
+    own_file,
+    read_config,
+    screen_configs,
+    screen_layers,
+    screen_weights,
+)
 from llava_train.model.spec import MANIFEST, ModelSpec, PartSource, read_spec
 from llava_train.model.tuning import add_lora, merge_lora, part_of
 from llava_train.tensorfile import Entry, write_tensors
@@ -138,11 +145,17 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attn_implem
     folder = model_folder(path)
     if not (folder / MANIFEST).is_file():
         return load_stock(folder, dtype, attn_implementation)
+    screen_configs(folder)
     spec = read_spec(folder)
-    _verify_files(folder)
-    assembly = _rebuild(folder, spec, attn_implementation)
+    _verify_files(folder, spec)
     tensors = _read_weights(folder / WEIGHTS)
-    _fill(assembly, tensors, folder)
+    try:
+        assembly = _rebuild(folder, spec, attn_implementation)
+        _fill(assembly, tensors, folder)
+    except LlavaTrainError:
+        raise
+    except Exception as error:  # what is wrong with a folder comes as many types
+        raise CheckpointError(f"{folder}: the model cannot be rebuilt: {type(error).__name__}: {error}") from error
     assembly.model.to(dtype).eval()
     return assembly
 
@@ -169,14 +182,21 @@ def weights_digest(path: str | Path) -> str | None:
     return str(read_json(manifest)["files"][WEIGHTS]) if manifest.is_file() else None
 
 
-def _verify_files(folder: Path) -> None:
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files", {})
+def _verify_files(folder: Path, spec: ModelSpec) -> None:
+    files = read_config(folder, MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: files: must name the sha256 of each file: damaged")
     for name, digest in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing (the manifest lists it)")
+        try:
+            path = own_file(folder, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / MANIFEST}: a file that it lists: {error}") from error
         if sha256_file(path) != digest:
             raise CheckpointError(f"{path}: does not match its sha256 in {MANIFEST}: changed or damaged")
+    config, tensors = read_config(folder, "config.json"), count_tensors(folder, WEIGHTS)
+    for part, key in ((spec.llm, "text_config"), (spec.vision, "vision_config")):
+        if part.included:
+            screen_layers(config.get(key), tensors, folder / "config.json")
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -189,8 +209,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 def _rebuild(folder: Path, spec: ModelSpec, attn_implementation: str) -> Assembly:
     """The model around its weights: parts from their sources, or empty where the folder includes them."""
     config = LlavaConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     old_vocabulary = 0
     if spec.llm.included:
         llm = _empty(config.text_config, causal=True, attn_implementation=attn_implementation)
@@ -286,18 +306,24 @@ def _fill(assembly: Assembly, tensors: dict[str, torch.Tensor], folder: Path) ->
 
 def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:
     """A stock LlavaForConditionalGeneration folder, strictly."""
+    screen_configs(folder)
+    screen_weights(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a folder comes as many types
         raise CheckpointError(f"{folder}: is no model: {error}") from error
     if not isinstance(config, LlavaConfig):
         raise CheckpointError(f"{folder}: holds a {config.model_type!r} model, not a Llava model")
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # what is wrong with weights comes as many types
         raise CheckpointError(f"{folder}: cannot be loaded as a Llava model: {error}") from error
     missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k.endswith("lm_head.weight"))]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from llava_train.errors import CheckpointError
-from llava_train.model.spec import screen_configs, screen_weights
+from llava_train.model.screening import screen_configs, screen_weights
 
 _LEADING_TOKENS = {
     "clip_vision_model": 1,

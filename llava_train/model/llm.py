@@ -18,7 +18,7 @@ from transformers import (
 
 from llava_train.errors import CheckpointError
 from llava_train.model.encoders import key_report
-from llava_train.model.spec import screen_configs, screen_layers, screen_weights
+from llava_train.model.screening import screen_configs, screen_layers, screen_weights
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # How a rank left. An error of its own ("failed") is told apart from one that another's end may have brought about.
@@ -49,6 +49,11 @@ class Beat:
     patient: bool = False
     left: str = ""
 
+    @property
+    def stand(self) -> tuple[int, int, bool, str]:
+        """What changes when the rank moves."""
+        return self.step, self.mark, self.patient, self.left
+
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
@@ -77,11 +82,11 @@ class Judge:
     def hear(self, beats: list[Beat], now: float) -> None:
         """Take in the newest beat of each rank that is seen."""
         for beat in beats:
-            before = self.beats.get(beat.rank, Beat(beat.rank, count=-1))
+            before = self.beats.get(beat.rank) or Beat(beat.rank, count=-1)
             self.beats[beat.rank] = beat
             if beat.count != before.count:
                 self._heard[beat.rank] = now
-            if replace(beat, count=0) != replace(before, count=0):
+            if beat.stand != before.stand:
                 self._moved = now
             if beat.left and not before.left:
                 self._left[beat.rank] = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,24 +13,28 @@ import torch
 from llava_train.data.batch import Batch
 from llava_train.data.encode import IGNORE
 from llava_train.data.plan import Plan
-from llava_train.errors import TrainingError
+from llava_train.errors import StoppedError, TrainingError
 from llava_train.model.tuning import Group
 from llava_train.recipe import Recipe
 from llava_train.training.checkpoints.saving import Saver
 from llava_train.training.engines.base import Engine
 from llava_train.training.monitor import Monitor
 from llava_train.training.schedule import rate_factor
+from llava_train.training.signals import StopRequest
 from llava_train.training.state import RunState, seed_step
+from llava_train.training.watch import Watch
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls but does not know: checkpoints, the best model, being asked to stop, telling of a failure."""
+    """What the loop calls but does not know: checkpoints, the best model, being asked to stop, telling of a failure,
+    and the watch over ranks that hang."""
 
     saver: Saver
     keep_best: Callable[[RunState], None]
-    stop_asked: Callable[[], bool]
+    stop: StopRequest
     failed: Callable[[Failure], str]
+    watch: Watch
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,18 @@ def run_loop(
     """Train from `state.step` to the end of the plan.
 
     Raises TrainingError before the update of a step whose loss or gradient is not finite, naming its samples, and
-    KeyboardInterrupt after a checkpoint when a rank was asked to stop.
+    StoppedError after a checkpoint when a rank was asked to stop.
     """
-    total, saver = course.plan.total_steps, hooks.saver
+    total, saver, watch = course.plan.total_steps, hooks.saver, hooks.watch
+    watch.at(state.step + 1, "reading its samples")
     for micro_batches in course.steps:
+        watch.at(state.step + 1, "forward and backward")
         started = time.perf_counter()
         seed_step(recipe.seed, state.step, engine.ranks.rank)
         factor = rate_factor(state.step, total, recipe.optimization)
-        signs = [float(hooks.stop_asked()), float(saver.written)]
+        signs = [float(hooks.stop()), float(saver.written)]
         loss, (stops, written), counts = _forward_backward(engine, micro_batches, state.step, signs, hooks)
+        watch.at(state.step + 1, "update")
         norm = engine.clip(recipe.optimization.max_grad_norm)
         if not engine.skips_overflow:
             _require_finite("gradient norm", norm, state.step, micro_batches, hooks)
@@ -82,17 +90,20 @@ def run_loop(
                 "seconds": time.perf_counter() - started,
             }
         )
-        if written == engine.ranks.world_size:
-            saver.commit()
-        if course.validation and _due(state.step, recipe.monitor.eval_every, total):
-            _evaluate(engine, course.validation(), state, monitor, hooks)
-        if stops or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
-            monitor.sync()
-            saver.save(state)
-        if stops:
-            saver.finish()
-            raise KeyboardInterrupt
-    saver.finish()
+        with watch.patient():
+            if written == engine.ranks.world_size:
+                saver.commit()
+            if course.validation and _due(state.step, recipe.monitor.eval_every, total):
+                _evaluate(engine, course.validation(), state, monitor, hooks)
+            if stops or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
+                monitor.sync()
+                saver.save(state)
+            if stops:
+                saver.finish()
+                raise StoppedError(state.step, hooks.stop.number or signal.SIGTERM)
+        watch.at(state.step + 1, "reading its samples")
+    with watch.patient():
+        saver.finish()
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -14,6 +14,7 @@ from llava_train.model.spec import MANIFEST
 from llava_train.recipe import Recipe, load_recipe
 from llava_train.tensorfile import in_file_order
 from llava_train.training.checkpoints.manifest import steps_of
+from llava_train.training.checkpoints.mirror import Mirror
 from llava_train.training.checkpoints.resuming import forget
 from llava_train.training.checkpoints.saving import Saver, sweep_unfinished
 from llava_train.training.checkpoints.shards import shard_bytes
@@ -26,6 +27,7 @@ from llava_train.training.monitor import METRICS, Monitor, read_rows, say, write
 from llava_train.training.setup import Setup, set_up, state_facts
 from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState
+from llava_train.training.watch import Limits, Watch, watching
 
 RECIPE = "recipe.yaml"
 
@@ -40,38 +42,55 @@ def train(recipe: Recipe, fresh: bool = False, allowed: Sequence[str] = ()) -> P
     ranks = join_ranks(recipe)
     if ranks.is_main:
         ensure_space(folder, 1_000_000, "a run")
-    with sole_run(folder, ranks.is_main):
-        require_shared(folder, ranks)
-        if fresh and ranks.is_main:
-            forget(folder)
-        if not ranks.agree(int(ranks.is_main and _finished(recipe, folder))):
-            _train(recipe, ranks, folder, allowed)
+    limits = Limits(behind_s=recipe.engine.stall_seconds)
+    with sole_run(folder, ranks.is_main), watching(ranks.rank, ranks.world_size, ranks.device, limits) as watch:
+        with watch.patient():
+            require_shared(folder, ranks)
+            if fresh and ranks.is_main:
+                forget(folder)
+            finished = ranks.agree(int(ranks.is_main and _finished(recipe, folder)))
+        if not finished:
+            mirror = Mirror(folder, recipe.checkpoint)
+            with watch.patient():
+                setup = _open(recipe, ranks, folder, mirror, fresh, allowed)
+            _train(recipe, setup, folder, mirror, watch)
     return folder
 
 
-def _train(recipe: Recipe, ranks: Ranks, folder: Path, allowed: Sequence[str]) -> None:
+def _open(recipe: Recipe, ranks: Ranks, folder: Path, mirror: Mirror, fresh: bool, allowed: Sequence[str]) -> Setup:
+    """All that comes before the first step."""
     if ranks.is_main:
         sweep_unfinished(folder)
+        mirror.open(fresh)
+    ranks.barrier()
     setup = set_up(recipe, ranks, folder, allowed)
-    state, engine = setup.state, setup.engine
     if ranks.is_main:
         _announce(recipe, setup)
         _check_room(recipe, setup, folder)
         _write_recipe(folder, recipe)
+    return setup
+
+
+def _train(recipe: Recipe, setup: Setup, folder: Path, mirror: Mirror, watch: Watch) -> None:
+    state, engine, ranks = setup.state, setup.engine, setup.engine.ranks
     course = course_of(recipe, setup.assembly, setup.prepared, ranks, state.step)
     monitor = Monitor(recipe, folder, setup.plan.total_steps, state.step, ranks.is_main)
-    saver = Saver(folder, engine, recipe.checkpoint, partial(state_facts, setup))
+    saver = Saver(folder, engine, recipe.checkpoint, partial(state_facts, setup), mirror)
     keep_best = partial(_write_model, setup, folder / "best")
     try:
-        with deferred_stop() as stop_asked:
-            hooks = Hooks(saver, keep_best, stop_asked, partial(report_failure, folder, ranks))
+        with deferred_stop() as stop:
+            hooks = Hooks(saver, keep_best, stop, partial(report_failure, folder, ranks), watch)
             run_loop(recipe, engine, setup.groups, course, state, monitor, hooks)
     finally:
         monitor.close()
-    _write_model(setup, folder / "final", state)
-    if ranks.is_main:
-        write_run_report(folder, recipe)
-    ranks.barrier()
+        with watch.patient():
+            mirror.wait()
+    with watch.patient():
+        _write_model(setup, folder / "final", state)
+        if ranks.is_main:
+            write_run_report(folder, recipe)
+            mirror.send_model(folder / "final")
+        ranks.barrier()
 
 
 def _finished(recipe: Recipe, folder: Path) -> bool:

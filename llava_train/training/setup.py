@@ -53,13 +53,13 @@ class Setup:
     state: RunState
 
 
-def set_up(recipe: Recipe, ranks: Ranks, folder: Path, allowed: Sequence[str] = ()) -> Setup:
+def set_up(recipe: Recipe, ranks: Ranks, folder: Path, allowed: Sequence[str] = (), before: int | None = None) -> Setup:
     """Prepare, build, place, and go on from the newest checkpoint in `folder`. Writes nothing into it.
 
-    Every rank calls it. Raises what `train` raises.
+    With `before`, from the newest of a step before that one. Every rank calls it. Raises what `train` raises.
     """
     prepared = prepare_in_turn(recipe, ranks)
-    checkpoint = newest(folder, ranks)
+    checkpoint = newest(folder, ranks, before)
     assembly = _tuned(recipe, build(recipe))
     identity = identity_of(recipe, prepared, assembly)
     if checkpoint is not None:

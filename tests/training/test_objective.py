@@ -9,7 +9,7 @@ from llava_train.data.batch import BatchReader, ImageReader
 from llava_train.data.plan import deal
 from llava_train.training.material import prepare
 from llava_train.training.objective import Objective
-from llava_train.training.run import build
+from llava_train.training.setup import build
 from scripts import compare_reference
 from tests import tiny
 from tests.conftest import GOLDEN

@@ -254,8 +254,10 @@ def build_image_processor(folder: str, aspect_ratio: AspectRatio, size: int, rev
     from transformers import AutoImageProcessor
 
     try:
-        own = AutoImageProcessor.from_pretrained(folder, backend="pil", revision=revision or "main")
-    except (OSError, ValueError) as error:
+        own = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", revision=revision or "main", trust_remote_code=False
+        )
+    except Exception as error:  # what is wrong with a folder comes as many types
         raise DataError(f"{folder}: no usable preprocessor_config.json: {error}") from error
     return with_aspect_ratio(own, aspect_ratio, size)
 

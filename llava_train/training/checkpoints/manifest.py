@@ -32,9 +32,9 @@ def _text(digests: dict[str, str]) -> str:
 def read_manifest(folder: Path) -> dict[str, str]:
     """sha256 by file name. Raises ValueError that says what is wrong with the manifest."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        digests = dict(json.loads(text)["files"])
-        same = _text(digests) == text
+        content = (folder / MANIFEST).read_bytes()
+        digests = dict(json.loads(content.decode())["files"])
+        same = _text(digests).encode() == content
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -65,11 +65,10 @@ def _file_faults(folder: Path, name: str, digest: str) -> Iterator[str]:
     except RecordError as error:
         yield str(error)
         return
-    if not path.is_file():
-        yield f"{name} is missing"
-        return
     try:
-        if sha256_file(path) != digest:
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif sha256_file(path) != digest:
             yield f"{name} does not match its sha256"
     except OSError as error:
         yield f"{name} cannot be read: {error.strerror}"

@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +51,6 @@ _LASTING = (
 """What trying again does not mend; other errors of a store (500, a connection that broke) it may."""
 
 T = TypeVar("T")
-_Job = tuple[Path, tuple[Path, ...]]
 
 
 class DamagedError(StorageError):
@@ -135,7 +133,7 @@ class Remote:
                 say(f"passed over: {error}")
             else:
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                say(f"downloaded {_told(folder.name, size, started)} from {self.url}")
+                say(f"downloaded {told(folder.name, size, started)} from {self.url}")
                 return step
         return None
 
@@ -269,84 +267,6 @@ class Remote:
         return system, str(base).rstrip("/")
 
 
-class Uploader:
-    """Sends checkpoints to a store beside the training, one after the other.
-
-    A checkpoint still waiting when the next one comes is passed over, so that a slow store never holds more than two
-    folders on the local disk.
-    """
-
-    def __init__(self, remote: Remote, superfluous: Callable[[list[int]], Iterable[int]]) -> None:
-        """`superfluous`: the steps that the store need not keep, see `Remote.retain`; called by another thread."""
-        self._remote, self._superfluous = remote, superfluous
-        self._state = threading.Condition()
-        self._waiting: _Job | None = None
-        self._sending: _Job | None = None
-        self._failed: _Job | None = None
-        self._failure: StorageError | None = None
-        self._running = False
-
-    def submit(self, folder: Path, beside: Iterable[Path] = ()) -> None:
-        """Have `.../step-<n>` sent, and before it the small files `beside` (metrics.jsonl, ...) by their names.
-
-        Returns at once. A failure is said when it happens and ends nothing: the next checkpoint is tried again.
-        """
-        with self._state:
-            if self._waiting:
-                say(f"{self._waiting[0].name} is not uploaded: {folder.name} came before {self._remote.url} was ready")
-            self._waiting = (folder, tuple(beside))
-            if not self._running:
-                self._running = True
-                # A daemon: a run that fails must not hang on its upload, and half of one is not listed.
-                threading.Thread(target=self._work, name="checkpoint-upload", daemon=True).start()
-
-    def busy(self) -> set[Path]:
-        """The folders that must stay: the one being sent and the one waiting."""
-        with self._state:
-            return {job[0] for job in (self._sending, self._waiting) if job}
-
-    def wait(self) -> None:
-        """Return when the newest checkpoint is in the store; one that failed is tried once more. Else StorageError."""
-        self._idle()
-        if self._failed:
-            self.submit(*self._failed)
-            self._idle()
-        if self._failure:
-            raise self._failure
-
-    def _idle(self) -> None:
-        with self._state:
-            self._state.wait_for(lambda: not self._running)
-
-    def _work(self) -> None:
-        while True:
-            with self._state:
-                self._sending, self._waiting = self._waiting, None
-                if self._sending is None:
-                    self._running = False
-                    self._state.notify_all()
-                    return
-                job = self._sending
-            failure = self._upload(*job)
-            self._failed, self._failure = (job, failure) if failure else (None, None)
-
-    def _upload(self, folder: Path, beside: tuple[Path, ...]) -> StorageError | None:
-        started = time.monotonic()
-        try:
-            for path in beside:  # first: rows of later steps are dropped on resume, missing ones are lost
-                self._remote.push_file(path, path.name)
-            size = self._remote.push(folder)
-            say(f"uploaded {_told(folder.name, size, started)}")
-        except Exception as error:  # whatever it is, `wait` must tell it
-            say(f"warning: {folder.name} is not uploaded: {error}; the next checkpoint is tried again")
-            return error if isinstance(error, StorageError) else StorageError(f"{folder}: not uploaded: {error!r}")
-        try:
-            self._remote.retain(int(folder.name.removeprefix("step-")), self._superfluous)
-        except Exception as error:  # the checkpoint is there all the same
-            say(f"warning: old checkpoints stay in the store: {error}")
-        return None
-
-
 def _digests(where: str, folder: Path) -> dict[str, str]:
     """What a folder's manifest lists, name -> sha256; DamagedError also for names that lead out of the folder."""
     try:
@@ -372,7 +292,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be uploaded: {error.strerror or error}") from error
 
 
-def _told(name: str, size: int, started: float) -> str:
+def told(name: str, size: int, started: float) -> str:
+    """A file or folder with its bytes and the time it took."""
     return f"{name} ({size / 1e6:,.1f} MB in {time.monotonic() - started:.0f} s)"
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_train.errors import LlavaTrainError, StorageError
+from llava_train.errors import StorageError
 from llava_train.files import ensure_space, flush, sha256_file, storage_faults, write_json
 from llava_train.recipe import CheckpointSettings
 from llava_train.tensorfile import Entry, write_tensors
 from llava_train.training.checkpoints.manifest import place_of, seal, steps_of
+from llava_train.training.checkpoints.mirror import Mirror
 from llava_train.training.checkpoints.retention import superfluous
 from llava_train.training.checkpoints.shards import shard_bytes, shard_entries, shard_name
 from llava_train.training.engines.base import Engine
@@ -35,25 +36,27 @@ class Saver:
         engine: Engine,
         settings: CheckpointSettings,
         facts: Callable[[], dict[str, Any]],
-        done: Callable[[Path], None] = lambda checkpoint: None,
-        busy: Callable[[], set[Path]] = set,
+        mirror: Mirror,
     ) -> None:
-        """`facts` go into state.json; `done` is told of each checkpoint on rank 0; `busy` ones are left alone."""
+        """`facts` go into state.json; rank 0 gives each checkpoint to `mirror`."""
         self.folder, self.engine, self.settings = folder, engine, settings
-        self.facts, self.done, self.busy = facts, done, busy
+        self.facts, self.mirror = facts, mirror
         self._writing: _Writing | None = None
         self._state = RunState()
+        self._said: dict[str, Any] = {}
+        self._needed = 0
         self.saved_step = -1
 
     def save(self, state: RunState) -> None:
         """Write `checkpoints/step-<n>`. Every rank calls it. Raises StorageError; the former ones are then intact."""
         self.finish()
         ranks = self.engine.ranks
-        self._state = RunState(**vars(state))
+        self._state, self._said = RunState(**vars(state)), self.facts()
+        fragments = self.engine.fragments() if self.engine.saves else []
+        held = sum(fragment.count for fragment in fragments)
+        self._needed = shard_bytes(int(ranks.total([float(held)])[0]))
         self._check(self._make_room, ranks.is_main)
-        entries = []
-        if self.engine.saves:
-            entries = shard_entries(self.engine.fragments(), self.engine.stepped, self.settings.asynchronous)
+        entries = shard_entries(fragments, self.engine.stepped, self.settings.asynchronous)
         path = self._temporary / shard_name(ranks.rank, ranks.world_size)
         self._writing = _Writing(path, entries)
         if self.settings.asynchronous:
@@ -88,28 +91,28 @@ class Saver:
         return target.with_name(f".{target.name}.tmp")
 
     def _make_room(self) -> None:
-        needed = shard_bytes(sum(fragment.count for fragment in self.engine.fragments()))
-        ensure_space(self.folder, needed, "a checkpoint")
-        with storage_faults(self._temporary, needed):
+        ensure_space(self.folder, self._needed, "a checkpoint")
+        with storage_faults(self._temporary, self._needed):
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(parents=True)
 
     def _check(self, work: Callable[[], None], mine: bool) -> None:
         """Do `work` where it is `mine`; if it fails there, every rank raises, so that none waits for another."""
-        fault: LlavaTrainError | OSError | None = None
+        fault: Exception | None = None
         if mine:
             try:
                 work()
-            except (LlavaTrainError, OSError) as error:
+            except Exception as error:
                 fault = error
         self._raise_together(fault)
 
-    def _raise_together(self, fault: LlavaTrainError | OSError | None) -> None:
+    def _raise_together(self, fault: Exception | None) -> None:
+        """Raise on every rank where one has a `fault`; what it has written makes room again."""
         failed = self.engine.ranks.total([float(fault is not None)])[0]
-        if isinstance(fault, LlavaTrainError):
-            raise fault
+        if failed and self.engine.ranks.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)
         if fault is not None:
-            raise StorageError(f"{self._temporary}: cannot be written: {fault.strerror or fault}") from fault
+            raise fault
         if failed:
             raise StorageError(f"{self._temporary}: another rank could not write its share; its message says why")
 
@@ -131,20 +134,21 @@ class Saver:
 
     def _seal(self, digests: dict[str, str]) -> None:
         temporary, target = self._temporary, place_of(self.folder, self._state.step)
-        write_json(temporary / STATE, {**vars(self._state), **self.facts()})
-        seal(temporary, {**digests, STATE: sha256_file(temporary / STATE)})
-        if target.exists():  # a damaged one: the run went back behind it
-            _remove(target)
-        temporary.rename(target)
-        flush(target.parent)
-        self.done(target)
-        self._retain()
+        with storage_faults(temporary, self._needed):
+            write_json(temporary / STATE, {**vars(self._state), **self._said})
+            seal(temporary, {**digests, STATE: sha256_file(temporary / STATE)})
+            if target.exists():  # a damaged one: the run went back behind it
+                _remove(target)
+            temporary.rename(target)
+            flush(target.parent)
+            self.mirror.submit(target, self._state.best_step)
+            self._retain()
 
     def _retain(self) -> None:
         """Checkpoints beyond this one are damaged (the run went back behind them) and no rule counts them."""
         steps = [step for step in steps_of(self.folder) if step <= self._state.step]
         for step in superfluous(steps, self._state.best_step, self.settings):
-            if place_of(self.folder, step) not in self.busy():
+            if place_of(self.folder, step) not in self.mirror.busy():
                 _remove(place_of(self.folder, step))
 
 
@@ -155,18 +159,18 @@ class _Writing(threading.Thread):
         super().__init__(name="checkpoint", daemon=True)
         self.path, self.entries = path, entries
         self.digest = ""
-        self.fault: LlavaTrainError | OSError | None = None
+        self.fault: Exception | None = None
 
     def run(self) -> None:
+        entries, self.entries = self.entries, []
         try:
-            if self.entries:
-                self.digest = write_tensors(self.path, self.entries)
-                if sha256_file(self.path) != self.digest:
-                    raise StorageError(f"{self.path}: does not read back as it was written; check the disk")
-        except (LlavaTrainError, OSError) as error:
+            if entries:
+                self.digest = write_tensors(self.path, entries)
+                with storage_faults(self.path, 0):
+                    if sha256_file(self.path) != self.digest:
+                        raise StorageError(f"{self.path}: does not read back as it was written; check the disk")
+        except Exception as error:  # whatever it is, no checkpoint may be made without this file
             self.fault = error
-        finally:
-            self.entries = []
 
 
 def _remove(checkpoint: Path) -> None:

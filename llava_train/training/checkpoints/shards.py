@@ -17,12 +17,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_train.errors import CheckpointError
+from llava_train.model.screening import count_tensors
+from llava_train.model.tuning import Group
 from llava_train.tensorfile import Entry
+from llava_train.training.checkpoints.manifest import read_manifest
 from llava_train.training.engines.base import Fragment
 
 WEIGHT, STEP = "weight", "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILES = "state-*.safetensors"
+
+_Piece = tuple[int, int, Any, str]
+"""First element, number of elements, open file, key."""
+_Pieces = dict[tuple[str, str], list[_Piece]]
+"""(weight, kind) -> its pieces in order."""
 
 
 def shard_name(rank: int, world_size: int) -> str:
@@ -55,56 +62,64 @@ def shard_bytes(weights: int) -> int:
     return 3 * 4 * weights
 
 
-def load_shards(
-    folder: Path, fragments: list[Fragment], optimizer: torch.optim.Optimizer, names: Iterable[str]
-) -> None:
+def load_shards(folder: Path, fragments: list[Fragment], optimizer: torch.optim.Optimizer, groups: list[Group]) -> None:
     """Fill fragments and the optimizer's state from the files in `folder`, whatever ranks wrote them.
 
-    Raises CheckpointError where other weights train now (`names`, over all ranks), or elements are missing.
+    Raises CheckpointError where other weights train now (`groups`, over all ranks), or elements are missing.
     """
     with ExitStack() as stack:
         pieces = _index(folder, stack)
-        here, there = set(names), {name for name, kind in pieces if kind == WEIGHT}
+        weights = {name: found for (name, kind), found in pieces.items() if kind == WEIGHT}
+        other = weights.keys() ^ {name for group in groups for name in group.names}
+        if other:
+            raise CheckpointError(f"{folder}: other weights train now: {', '.join(sorted(other)[:10])}")
+        here, there = sum(group.size for group in groups), sum(n for found in weights.values() for _, n, *_ in found)
         if here != there:
-            raise CheckpointError(f"{folder}: other weights train now: {', '.join(sorted(here ^ there)[:10])}")
+            raise CheckpointError(f"{folder}: holds {there:,} trained elements, {here:,} train now: shapes changed")
         for fragment in fragments:
-            _read(pieces[fragment.name, WEIGHT], fragment.start, fragment.of(fragment.owner), folder, fragment.name)
+            _read(pieces[fragment.name, WEIGHT], fragment, fragment.owner, folder)
             if (fragment.name, STEP) in pieces:
                 _load_moments(pieces, fragment, optimizer, folder)
 
 
-def _load_moments(pieces: Any, fragment: Fragment, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def _load_moments(pieces: _Pieces, fragment: Fragment, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     values = optimizer.state[fragment.owner]
     for kind in MOMENTS:
         if kind not in values:
             values[kind] = torch.zeros_like(fragment.owner, requires_grad=False)
-        _read(pieces[fragment.name, kind], fragment.start, fragment.of(values[kind]), folder, fragment.name)
+        _read(pieces.get((fragment.name, kind), []), fragment, values[kind], folder)
     *_, file, key = pieces[fragment.name, STEP][0]
     values[STEP] = file.get_tensor(key).reshape(())
 
 
-def _index(folder: Path, stack: ExitStack) -> dict[tuple[str, str], list[tuple[int, int, Any, str]]]:
-    """(weight, kind) -> its pieces: first element, number of elements, open file, key."""
-    pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-    for path in sorted(folder.glob(FILES)):
+def _index(folder: Path, stack: ExitStack) -> _Pieces:
+    """The pieces in the files that the manifest names: no other file was verified."""
+    pieces: _Pieces = defaultdict(list)
+    try:
+        paths = [folder / name for name in sorted(read_manifest(folder)) if name.endswith(".safetensors")]
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    for path in paths:
         try:
+            count_tensors(folder, path.name)
             file = stack.enter_context(safe_open(str(path), framework="pt"))
             for key in file.keys():  # noqa: SIM118  (no mapping)
                 named, _, start = key.rpartition("@")
                 name, _, kind = named.rpartition(".")
                 pieces[name, kind].append((int(start), file.get_slice(key).get_shape()[0], file, key))
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path}: cannot be read as a shard of a checkpoint: {error}") from error
-    return dict(pieces)
+    return {key: sorted(found, key=lambda piece: piece[0]) for key, found in pieces.items()}
 
 
-def _read(pieces: list[tuple[int, int, Any, str]], start: int, target: torch.Tensor, folder: Path, name: str) -> None:
-    """Copy elements `start`, `start + 1`, ... of a weight into `target` (count,), from whichever files hold them."""
-    end, found = start + len(target), 0
+def _read(pieces: list[_Piece], fragment: Fragment, tensor: torch.Tensor, folder: Path) -> None:
+    """Fill a fragment's elements of its owner, or of a moment of its shape, from whichever files hold them."""
+    target, start = fragment.of(tensor), fragment.start
+    done, end = start, start + fragment.count
     for first, count, file, key in pieces:
-        low, high = max(start, first), min(end, first + count)
-        if low < high:
-            target[low - start : high - start].copy_(file.get_slice(key)[low - first : high - first])
-            found += high - low
-    if found != len(target):
-        raise CheckpointError(f"{folder}: holds {found:,} of the {len(target):,} elements of {name} that are wanted")
+        high = min(end, first + count)
+        if first <= done < high:
+            target[done - start : high - start].copy_(file.get_slice(key)[done - first : high - first])
+            done = high
+    if done < end:
+        raise CheckpointError(f"{folder}: element {done:,} of {fragment.name} is missing; use another checkpoint")

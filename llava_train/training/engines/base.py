@@ -56,8 +56,12 @@ class Engine(ABC):
 
     shards_weights = False
     """Whether frozen weights are spread over ranks too, so that every rank must run the same modules in step."""
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
+    module: Any
+    """The wrapped objective: a batch in, its share of the step's loss out"""
+    optimizer: Any
+    """What stands between the loop and torch's optimizer"""
+    trained: dict[str, nn.Parameter]
+    """Trained weights by name, as `attach` found them"""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -108,7 +112,8 @@ class Engine(ABC):
     @property
     def stepped(self) -> torch.optim.Optimizer:
         """The torch optimizer whose `state` is keyed by owners."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        stepped: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return stepped
 
     def refresh(self) -> None:  # noqa: B027  (nothing to do where weights are their own masters)
         """Carry values written into fragments over to the weights that forward reads. Every rank calls it."""

@@ -27,9 +27,7 @@ class Fsdp2(Engine):
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         super().__init__(recipe, ranks)
         if ranks.world_size == 1:
-            raise RecipeError(
-                "engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun"
-            )
+            raise RecipeError("engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun")
         self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         dtype = PRECISIONS[self.precision]
         self.policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
@@ -88,6 +86,7 @@ class Fsdp2(Engine):
         """This rank's rows of each trained weight: `torch.chunk` along the first dimension."""
         found = []
         for name, parameter in self.trained.items():
+            assert isinstance(parameter, DTensor)
             row = prod(parameter.shape[1:])
             first = -(-parameter.shape[0] // self.ranks.world_size) * self.ranks.rank
             count = parameter.to_local().numel()
@@ -97,4 +96,5 @@ class Fsdp2(Engine):
 
     def whole(self, parameter: torch.Tensor) -> torch.Tensor:
         """Gathered from all ranks."""
-        return (parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()).cpu()
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return whole.detach().cpu()

@@ -46,7 +46,6 @@ class Ranks:
             self.total([0.0])
 
 
-
 def leave_ranks() -> None:
     """Leave the process group in order, at the end of a process that trained."""
     if dist.is_initialized():

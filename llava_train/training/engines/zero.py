@@ -144,7 +144,9 @@ class Zero3(Zero):
         for unit in [*units(objective), objective]:
             left = [p for p in unit.parameters() if not hasattr(p, "ds_id")]
             for parameter in left:
-                parameter.data = parameter.data.to(dtypes[names[parameter]])
+                # A copy: what is spread is broadcast first, and writing into a weight read from a file would keep the
+                # written pages for as long as any weight of that file lives.
+                parameter.data = parameter.data.to(dtypes[names[parameter]], copy=True)
             if left:
                 self._spread(unit)
 

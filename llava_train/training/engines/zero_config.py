@@ -17,8 +17,6 @@ _OURS = {
     "gradient_clipping": "optimization.max_grad_norm",
     "optimizer": "optimization",
     "scheduler": "optimization.schedule",
-    "bf16": "optimization.precision",
-    "fp16": "optimization.precision",
 }
 """Keys of a DeepSpeed file that the recipe decides, and where."""
 
@@ -36,12 +34,13 @@ def zero_config(recipe: Recipe, ranks: Ranks, stage: int) -> dict[str, Any]:
     if recipe.engine.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     precision = recipe.optimization.precision
+    scale = {key: value for key, value in config.get("fp16", {}).items() if precision == "fp16"}
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimization.max_grad_norm,
         "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
+        "fp16": {**scale, "enabled": precision == "fp16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at first use; torch's own needs no compiler
     }
@@ -69,9 +68,13 @@ def _user_config(path: Path, stage: int) -> dict[str, Any]:
     if stage_of(path) != stage:
         raise RecipeError(f"{path}: is for ZeRO-{stage_of(path)}, engine.kind says deepspeed_zero{stage}")
     config = _without_auto(read_json(path))
-    said = sorted(_OURS.keys() & config.keys())
+    said = {key: _OURS[key] for key in sorted(_OURS.keys() & config.keys())}
+    for key in ("bf16", "fp16"):  # how fp16 scales the loss the file may say, not whether
+        section = config.get(key, {})
+        if not isinstance(section, dict) or "enabled" in section:
+            said[f"{key}.enabled"] = "optimization.precision"
     if said:
-        lines = [f'  {key}: {_OURS[key]} of the recipe decides; remove it, or write "auto"' for key in said]
+        lines = [f'  {key}: {place} of the recipe decides; remove it, or write "auto"' for key, place in said.items()]
         raise RecipeError(f"{path}: decides what the recipe decides\n" + "\n".join(lines))
     return config
 

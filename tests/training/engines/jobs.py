@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 -m tests.training.engines.jobs JOBS.json
 
-A job is {"recipe", "overrides", "stop_after"?, "record"?}: the run is asked to stop after a step; the ids of the samples
-of each step are written to a file a rank. The outcome of each job ("done", "stopped", or the error) is printed by rank 0.
+A job is {"recipe", "overrides", "stop_after"?, "record"?}: the run is asked to stop after a step; the ids of the
+samples of each step are written to a file a rank. Rank 0 prints the outcome of each job, "done" or "stopped".
 """
 
 from __future__ import annotations
@@ -20,8 +20,21 @@ import llava_train.training.run as run_module
 from llava_train import load_recipe
 from llava_train.cli import _set_environment
 from llava_train.data.batch import Batch
+from llava_train.errors import StoppedError
 from llava_train.training.engines.ranks import leave_ranks
 from llava_train.training.monitor import read_rows
+from llava_train.training.signals import StopRequest
+
+
+class Stop(StopRequest):
+    """Asks the run to stop after a step."""
+
+    def __init__(self, folder: Path, after: int) -> None:
+        super().__init__()
+        self.folder, self.after = folder, after
+
+    def __call__(self) -> bool:
+        return len(_rows(self.folder)) + 1 >= self.after
 
 
 def outcome(job: dict[str, Any]) -> str:
@@ -31,7 +44,7 @@ def outcome(job: dict[str, Any]) -> str:
     @contextmanager
     def asked_to_stop() -> Iterator[Any]:
         """A signal that comes in the middle of step `stop_after`."""
-        yield lambda: len(_rows(folder)) + 1 >= job.get("stop_after", 10**9)
+        yield Stop(folder, job.get("stop_after", 10**9))
 
     def recorded(*arguments: Any) -> Any:
         course = course_of(*arguments)
@@ -43,7 +56,7 @@ def outcome(job: dict[str, Any]) -> str:
     try:
         run_module.train(recipe)
         return "done"
-    except KeyboardInterrupt:
+    except StoppedError:
         return "stopped"
     finally:
         run_module.course_of, run_module.deferred_stop = course_of, deferred_stop

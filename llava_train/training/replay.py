@@ -1,0 +1,348 @@
+"""A step that stopped a run, looked at again sample by sample: which are not finite, and where in the model it begins.
+
+Reads the run folder and writes nothing into it. One process does it, whatever the run was made with: a step's samples
+do not depend on the number of ranks, and checkpoints are read by any number of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
+from llava_train.data.plan import MicroBatch
+from llava_train.errors import RecipeError, RecordError, TrainingError
+from llava_train.files import read_json
+from llava_train.model.tuning import PARTS, part_of
+from llava_train.recipe import EngineSettings, Recipe, load_recipe
+from llava_train.training.engines.ranks import join_ranks
+from llava_train.training.failure import FOLDER
+from llava_train.training.monitor import METRICS, read_rows, say
+from llava_train.training.run import RECIPE
+from llava_train.training.schedule import rate_factor
+from llava_train.training.setup import Setup, set_up
+from llava_train.training.state import seed_step
+
+_PRECISION = "optimization.precision"
+_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Look:
+    """One sample of the step by itself: its mean nll of a supervised token, and the norm of that loss's gradient."""
+
+    sample: str
+    finite: bool
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+
+    def row(self) -> dict[str, Any]:
+        """As JSON holds it: a value that is not finite is a string."""
+        return {key: _json(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look brought: samples, those that are not finite first, and what is to be said about them."""
+
+    step: int
+    looks: tuple[Look, ...]
+    summary: str
+
+
+def replay(
+    folder: Path,
+    step: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    allowed: Sequence[str] = (),
+) -> Found:
+    """Make a run's steps again from the newest checkpoint before `step`, and look at `step` before its update.
+
+    `step` counts from 1, as messages and metrics do; without one it is the run's last failed step. `device` and
+    `precision` take the place of the run's; `allowed` names what may have changed since the checkpoint. Raises
+    RecipeError, DataError, CheckpointError or TrainingError.
+    """
+    recipe = _recipe_of(folder, device, precision)
+    step = _last_failed(folder) if step is None else step
+    ranks = join_ranks(recipe)
+    if recipe.optimization.precision == "fp16" and ranks.device.type == "cpu":
+        raise RecipeError(f"{folder}: the run is in fp16, which needs a GPU; look at it with --precision bf16 or fp32")
+    changes = [*allowed, _PRECISION] if precision else allowed
+    try:
+        setup = set_up(recipe, ranks, folder, changes, before=step)
+        if not 1 <= step <= setup.plan.total_steps:
+            raise RecipeError(f"--step {step}: the run has steps 1 to {setup.plan.total_steps:,}")
+        return _Replay(recipe, setup, folder, step).look()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{folder}: one {ranks.device.type} device holds all weights and moments here, and they do not fit; "
+            "look with --device cpu"
+        ) from error
+
+
+def _recipe_of(folder: Path, device: str | None, precision: str | None) -> Recipe:
+    """The run's recipe, for one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("replay looks from one process, whatever the run was made with: start it without a launcher")
+    if not (folder / RECIPE).is_file():
+        raise RecipeError(f"{folder}: holds no {RECIPE}; name the folder of a run (key `output` of its recipe)")
+    recipe = load_recipe(folder / RECIPE)
+    where: Any = device or ("cpu" if recipe.engine.device == "cpu" else "auto")
+    wanted: Any = precision or recipe.optimization.precision
+    return replace(
+        recipe,
+        engine=EngineSettings(kind="ddp", device=where),
+        optimization=replace(recipe.optimization, precision=wanted),
+    )
+
+
+def _failures(folder: Path, step: int | None = None) -> list[Path]:
+    """What the ranks of a failed step left, the newest last."""
+    found = (folder / FOLDER).glob(f"step-{'*' if step is None else step}-rank-*.json")
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _last_failed(folder: Path) -> int:
+    files = _failures(folder)
+    if not files:
+        raise RecipeError(f"{folder / FOLDER}: tells of no failed step; name one with --step N")
+    return int(read_json(files[-1])["step"])
+
+
+class _EveryRank(StepDataset):
+    """Item `step * world_size + rank` is what that rank of the run had in that step."""
+
+    def __len__(self) -> int:
+        return super().__len__() * self.world_size
+
+    def __getitem__(self, item: int) -> list[Batch] | RecordError:
+        step, self.rank = divmod(item, self.world_size)
+        return super().__getitem__(step)
+
+
+class _Replay:
+    """A run set up before the step to look at."""
+
+    def __init__(self, recipe: Recipe, setup: Setup, folder: Path, step: int) -> None:
+        self.recipe, self.setup, self.folder, self.step = recipe, setup, folder, step
+        self.engine, self.model, self.begun = setup.engine, setup.assembly.model, setup.state.step
+        self.failures = _failures(folder, step)
+        world_size = 1 + max((int(read_json(path)["rank"]) for path in self.failures), default=0)
+        images = ImageReader(setup.assembly.image_processor)
+        self.reader = BatchReader(setup.prepared.train, images, int(setup.assembly.tokenizer.pad_token_id))
+        micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
+        self.dataset = _EveryRank(self.reader, setup.plan, (0, world_size), micro)
+
+    def look(self) -> Found:
+        """Make the steps before again, then look."""
+        loss, norm = self._make_again()
+        self.engine.optimizer.zero_grad()
+        supervised = self.setup.prepared.train.supervised
+        samples = list(dict.fromkeys(self.setup.plan.step(self.step - 1)))  # a mixture may bring one twice
+        looks: list[Look] = []
+        origin: list[str] = []
+        for sample in tqdm(samples, "samples", unit="sample", dynamic_ncols=True, file=sys.stderr):
+            micro_batch = MicroBatch((sample,), (1.0 / int(supervised[sample]),))
+            batch = self.reader(micro_batch).to(self.engine.ranks.device)
+            looks.append(self._alone(batch, int(supervised[sample])))
+            if not looks[-1].finite and not origin:
+                find = self._first_backward if math.isfinite(looks[-1].loss) else self._first_module
+                origin.append(f"{looks[-1].sample}: {find(batch)}")
+        whole = math.isfinite(loss) and math.isfinite(norm)
+        told = [self._headline(loss, norm), *_verdict(looks, whole), *origin, *self._rates(), *self._largest_weights()]
+        return Found(self.step, tuple(sorted(looks, key=lambda each: each.finite)), "\n".join(told))
+
+    def _make_again(self) -> tuple[float, float]:
+        """Loss and gradient norm of the step to look at, after the updates of those before it.
+
+        A step before it that is not finite is the one to look at instead.
+        """
+        first = self.begun * self.dataset.world_size
+        steps = load_steps(self.dataset, first, self.recipe.data.num_workers)
+        for index in tqdm(range(self.begun, self.step - 1), "again", unit="step", dynamic_ncols=True, file=sys.stderr):
+            loss, norm = self._gradients(steps, index)
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.engine.skips_overflow):
+                say(f"step {index + 1} is not finite already: looking at it instead of step {self.step}")
+                self.step = index + 1
+                return loss, norm
+            factor = rate_factor(index, self.setup.plan.total_steps, self.recipe.optimization)
+            self.engine.update([group.learning_rate * factor for group in self.setup.groups])
+        return self._gradients(steps, self.step - 1)
+
+    def _gradients(self, steps: Iterator[list[Batch]], index: int) -> tuple[float, float]:
+        """Loss and gradient norm of a step, its gradients in place: what each rank had, as it had it, in turn."""
+        shares = []
+        for rank in range(self.dataset.world_size):
+            seed_step(self.recipe.seed, index, rank)
+            for batch in next(steps):
+                share = self.engine.module(batch.to(self.engine.ranks.device))
+                self.engine.backward(share)
+                shares.append(share.detach().double())
+        return float(sum(shares)), self.engine.clip(self.recipe.optimization.max_grad_norm)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """The loss of a sample; the same random numbers each time."""
+        seed_step(self.recipe.seed, self.step - 1, 0)
+        loss: torch.Tensor = self.engine.module(batch)
+        return loss
+
+    def _alone(self, batch: Batch, supervised: int) -> Look:
+        loss = self._forward(batch)
+        loss.backward()  # without the loss scale of fp16: an overflow of scaled gradients stops no run
+        value, norm = float(loss.detach()), float(get_total_norm([grad for _, grad in self._grads()]))
+        self.engine.optimizer.zero_grad()
+        finite = math.isfinite(value) and math.isfinite(norm)
+        return Look(batch.ids[0], finite, value, norm, int(batch.attention_mask.sum()), supervised)
+
+    def _grads(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, weight.grad) for name, weight in self.engine.trained.items() if weight.grad is not None]
+
+    def _first_module(self, batch: Batch) -> str:
+        """The first module whose output is not finite, with what went into it."""
+        found: list[str] = []
+
+        def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            bad = 0 if found else sum(int((~tensor.isfinite()).sum()) for tensor in _floats(output))
+            if bad:
+                inputs = [_range(tensor) for tensor in _tensors([args, kwargs])]
+                own = sum(int((~weight.isfinite()).sum()) for weight in module.parameters(recurse=False))
+                told = f"; {own:,} of its own weights are not finite" * bool(own)
+                found.append(
+                    f"{name} ({type(module).__name__}): {bad:,} of {_size(output):,} values of its output are "
+                    f"not finite; its input: {', '.join(inputs)}{told}"
+                )
+
+        hooks = [
+            module.register_forward_hook(partial(watch, name), with_kwargs=True)
+            for name, module in self.model.named_modules()
+        ]
+        try:
+            with torch.no_grad():
+                self._forward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not found:
+            return "the outputs of all modules are finite: it is the cross entropy of its logits that is not"
+        return f"the first module whose output is not finite is {found[0]}"
+
+    def _first_backward(self, batch: Batch) -> str:
+        """Where a gradient that is not finite begins though the loss is finite."""
+        with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
+            warnings.simplefilter("always")
+            try:
+                self._forward(batch).backward()
+            except RuntimeError as error:
+                operation = re.search(r"Function '(\w+)' returned nan", str(error))
+                if not operation:
+                    raise
+                return f"only its gradient is not finite; {operation[1]} is first to return nan{_made_at(told)}"
+            grads = self._grads()
+        bad = [name for name, grad in grads if not grad.isfinite().all()]
+        name, largest = max(((name, float(grad.abs().max())) for name, grad in grads), key=lambda pair: pair[1])
+        self.engine.optimizer.zero_grad()
+        if bad:
+            return (
+                f"only its gradient is not finite: that of {', '.join(bad[:4])} ({len(bad)} weights in all) overflows"
+            )
+        return f"each gradient is finite, their norm is not: the largest is {largest:.3g}, of {name}"
+
+    def _headline(self, loss: float, norm: float) -> str:
+        engine, total = self.engine, self.setup.plan.total_steps
+        again = self.step - 1 - self.begun
+        start = f"checkpoint step-{self.begun}" if self.begun else "the beginning"
+        told = f"step {self.step} of {total:,}, from {start} with {again} steps made again"
+        told += f" ({engine.precision} on {engine.ranks.device.type}): loss {loss:.6g}, gradient norm {norm:.6g}"
+        failures = [read_json(path) for path in self.failures if read_json(path)["step"] == self.step]
+        return told + (f"; in the run the {failures[0]['what']} was {failures[0]['value']}" if failures else "")
+
+    def _rates(self) -> Iterator[str]:
+        """What the run says of the steps before, and the learning rates of this one."""
+        path = self.folder / METRICS
+        rows = [row for row in read_rows(path) if "loss" in row and row["step"] < self.step] if path.is_file() else []
+        for row in rows[-4:]:
+            yield (
+                f"in the run, step {row['step']}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}, "
+                f"learning rate {row['learning_rate']:.3g}"
+            )
+        factor = rate_factor(self.step - 1, self.setup.plan.total_steps, self.recipe.optimization)
+        rates = {group.part: group.learning_rate * factor for group in self.setup.groups}
+        yield f"learning rates of step {self.step}: " + ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
+
+    def _largest_weights(self) -> Iterator[str]:
+        for part in PARTS:
+            weights = [(n, p.detach()) for n, p in self.model.named_parameters() if part_of(n) == part and p.numel()]
+            if weights:
+                values = [(float(weight.abs().max()), name) for name, weight in weights]
+                value, name = next((pair for pair in values if math.isnan(pair[0])), max(values))
+                yield f"largest weight of {part}: {value:.4g}, in {name}"
+
+
+def _verdict(looks: list[Look], whole: bool) -> list[str]:
+    """Which samples are to blame; `whole` says whether the step as the run made it is finite."""
+    bad = [each for each in looks if not each.finite]
+    if bad:
+        lines = [f"{len(bad)} of {len(looks)} samples are not finite by themselves:"]
+        lines += [f"  {each.sample}: loss {each.loss:.4g}, gradient norm {each.grad_norm:.4g}" for each in bad[:_SHOWN]]
+        lines += [f"  and {len(bad) - _SHOWN} more"] * (len(bad) > _SHOWN)
+        if len(bad) == len(looks):
+            lines.append("All of them: look at the learning rates and weights below rather than at the data.")
+        return lines
+    if not whole:
+        return [f"All {len(looks)} samples are finite by themselves; only their sum is not."]
+    return [
+        f"All {len(looks)} samples are finite, by themselves and together: what stopped the run does not show here. "
+        "Another --device or --precision may show it."
+    ]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested arguments or outputs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _floats(value: Any) -> Iterator[torch.Tensor]:
+    return (tensor for tensor in _tensors(value) if tensor.is_floating_point())
+
+
+def _size(value: Any) -> int:
+    return sum(tensor.numel() for tensor in _floats(value))
+
+
+def _range(tensor: torch.Tensor) -> str:
+    kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{kind} from {float(tensor.min()):.4g} to {float(tensor.max()):.4g}" if tensor.numel() else kind
+
+
+def _made_at(told: list[warnings.WarningMessage]) -> str:
+    """Where the forward pass made the operation that anomaly detection blames: the innermost line outside torch."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', "".join(str(each.message) for each in told))
+    outside = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]]
+    if not outside:
+        return ""
+    path, line, function = outside[-1]
+    return f" (made in {function}, {path}:{line})"
+
+
+def _json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
