@@ -106,6 +106,7 @@ def _make(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "llm", ignore_errors=True)
     tiny.make_recipe(folder)
+    (folder / "llm" / "model.safetensors").unlink()
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
     config = LlamaConfig(
         vocab_size=32_000,

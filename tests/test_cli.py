@@ -90,7 +90,7 @@ def wrong(workplace: Path, name: str) -> list[str]:
         "no template": ["train", recipe, "data.template=vicuna"],
         "output is a file": ["train", recipe, f"output={workplace}/not.png/run"],
         "no encoder": ["train", recipe, f"model.vision={workplace}/data"],
-        "no deepspeed config": ["train", recipe, "engine.kind=deepspeed", "engine.deepspeed_config=none.json"],
+        "no deepspeed config": ["train", recipe, "engine.deepspeed_config=none.json"],
     }[name]
 
 

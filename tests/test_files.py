@@ -1,6 +1,10 @@
 """Files: whole or not at all, inside their root, and never opened where they are no files."""
 
+import errno
 import os
+import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from llava_train.files import (
     inside,
     read_json,
     regular_file,
+    storage_faults,
     sweep,
     temporary_beside,
     write_json,
@@ -44,6 +49,35 @@ def test_space_is_checked_with_both_numbers(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="is a file"):
         ensure_space(tmp_path / "file" / "below", 1, "x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO])
+def test_what_a_disk_refuses_is_told(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "not" / "yet" / "file"
+    with pytest.raises(StorageError) as caught, storage_faults(path, 12_345):
+        raise OSError(number, os.strerror(number))
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    numbers = r"; 12,345 bytes are needed, [\d,]+ are free" if full else ""
+    assert re.fullmatch(f"{path}: cannot be written: {os.strerror(number)}{numbers}", str(caught.value))
+
+
+def test_a_file_above_the_limit_of_the_process_is_told(tmp_path: Path) -> None:
+    """A quota as the system enforces it: the write itself fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        message = "cannot be written: File too large; 2,000 bytes are needed, "
+        with pytest.raises(StorageError, match=message), storage_faults(tmp_path / "a", 2_000):
+            (tmp_path / "a").write_bytes(bytes(2_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), storage_faults(tmp_path, 1):
+        raise ValueError("mine")
 
 
 HOSTILE = [

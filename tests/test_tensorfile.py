@@ -30,7 +30,7 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-NAMES = st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable())
+NAMES = st.text('aB.@ é"\\', min_size=1, max_size=8)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 KINDS = st.dictionaries(NAMES, st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=8)
 
@@ -59,7 +59,7 @@ def check(path: Path, tensors: dict[str, torch.Tensor]) -> None:
                 assert torch.equal(found, tensor)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(kinds=KINDS)
 def test_safetensors_reads_what_was_written(tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("file") / "a.safetensors"

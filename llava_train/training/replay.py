@@ -189,8 +189,9 @@ class _Replay:
         """Loss and gradient norm of a step, its gradients in place: what each rank had, as it had it, in turn."""
         shares = []
         for rank in range(self.dataset.world_size):
+            micro_batches = next(steps)  # before the seed: a loader that begins draws a number
             seed_step(self.recipe.seed, index, rank)
-            for batch in next(steps):
+            for batch in micro_batches:
                 share = self.engine.module(batch.to(self.engine.ranks.device))
                 self.engine.backward(share)
                 shares.append(share.detach().double())

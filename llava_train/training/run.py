@@ -18,6 +18,7 @@ from llava_train.training.checkpoints.mirror import Mirror
 from llava_train.training.checkpoints.resuming import forget
 from llava_train.training.checkpoints.saving import Saver, sweep_unfinished
 from llava_train.training.checkpoints.shards import shard_bytes
+from llava_train.training.engines.choice import require_engine
 from llava_train.training.engines.ranks import Ranks, join_ranks
 from llava_train.training.failure import report_failure
 from llava_train.training.lock import require_shared, sole_run
@@ -40,6 +41,7 @@ def train(recipe: Recipe, fresh: bool = False, allowed: Sequence[str] = ()) -> P
     """
     folder = Path(recipe.output).expanduser()
     ranks = join_ranks(recipe)
+    require_engine(recipe, ranks)
     if ranks.is_main:
         ensure_space(folder, 1_000_000, "a run")
     limits = Limits(behind_s=recipe.engine.stall_seconds)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from llava_train.errors import RecipeError
 from llava_train.recipe import Recipe
 from llava_train.training.engines.base import Engine
 from llava_train.training.engines.fsdp2 import Fsdp2
-from llava_train.training.engines.ranks import Ranks
+from llava_train.training.engines.ranks import Ranks, local_ranks
 from llava_train.training.engines.replicated import Replicated
 from llava_train.training.engines.zero import Zero, Zero3
-from llava_train.training.engines.zero_config import stage_of
+from llava_train.training.engines.zero_config import stage_of, zero_config
 
 ENGINES: dict[str, Callable[[Recipe, Ranks], Engine]] = {
     "ddp": Replicated,
@@ -48,6 +49,28 @@ def make_engine(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[Engine, str]:
     return ENGINES[kind](recipe, ranks), why
 
 
+def require_engine(recipe: Recipe, ranks: Ranks) -> None:
+    """Raise RecipeError, before anything is computed, where the engine that the recipe names cannot start here."""
+    kind = _named(recipe)
+    if kind == "fsdp2" and ranks.world_size == 1:
+        raise RecipeError("engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun")
+    if not kind.startswith("deepspeed"):
+        return
+    if "WORLD_SIZE" not in os.environ:
+        raise RecipeError(f"engine.kind: {kind} runs under a launcher: deepspeed scripts/train.py RECIPE")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError(f"engine.kind: {kind}: deepspeed is not installed; pip install 'llava-train[deepspeed]'")
+    zero_config(recipe, ranks, int(kind[-1]))
+
+
+def _named(recipe: Recipe) -> str:
+    """The engine that the recipe, or its DeepSpeed file, names; "auto" where neither does."""
+    file = recipe.engine.deepspeed_config
+    if recipe.engine.kind == "auto" and file:
+        return f"deepspeed_zero{stage_of(Path(file).expanduser())}"
+    return recipe.engine.kind
+
+
 def choose(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[str, str]:
     """(kind, reason). Where the recipe leaves it open: the plainest that fits into the memory of a device.
 
@@ -57,8 +80,7 @@ def choose(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[str, str]:
     if recipe.engine.kind != "auto":
         return recipe.engine.kind, "the recipe names it"
     if recipe.engine.deepspeed_config:
-        stage = stage_of(Path(recipe.engine.deepspeed_config).expanduser())
-        return f"deepspeed_zero{stage}", f"{recipe.engine.deepspeed_config} names the stage"
+        return _named(recipe), f"{recipe.engine.deepspeed_config} names the stage"
     if ranks.world_size == 1:
         return "ddp", "nothing to share with"
     room = _SHARE * _memory(ranks.device)
@@ -78,7 +100,7 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // local_ranks()
 
 
 def _gb(count: float) -> str:

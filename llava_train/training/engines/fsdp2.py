@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llava_train.errors import RecipeError
 from llava_train.model.tuning import Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.base import PRECISIONS, Engine, Fragment, adamw, cast, names_of, units
@@ -26,8 +25,6 @@ class Fsdp2(Engine):
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         super().__init__(recipe, ranks)
-        if ranks.world_size == 1:
-            raise RecipeError("engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun")
         self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         dtype = PRECISIONS[self.precision]
         self.policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -52,6 +52,11 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
+def local_ranks() -> int:
+    """Processes of the launch on this machine, as torchrun or DeepSpeed says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def join_ranks(recipe: Recipe) -> Ranks:
     """Join the launch this process belongs to, if any, on the device that the recipe wants."""
     if recipe.engine.device == "cuda" and not torch.cuda.is_available():
@@ -59,7 +64,7 @@ def join_ranks(recipe: Recipe) -> Ranks:
     cpu = recipe.engine.device == "cpu" or not torch.cuda.is_available()
     # One OpenMP pool a process: ranks on one machine would otherwise fight over the cores.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and cpu:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
     # Rank 0 may prepare data for longer than the ten minutes that waiting ranks have by default.
     state = PartialState(cpu=cpu, timeout=_PATIENCE)
     return Ranks(int(state.process_index), int(state.num_processes), state.device)

@@ -6,7 +6,6 @@ they are found by the links that DeepSpeed keeps for its own universal checkpoin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_train.errors import RecipeError
 from llava_train.model.tuning import Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.base import PRECISIONS, Engine, Fragment, adamw, cast, names_of, units
@@ -29,10 +27,6 @@ class Zero(Engine):
 
     def __init__(self, recipe: Recipe, ranks: Ranks, stage: int) -> None:
         super().__init__(recipe, ranks)
-        if "WORLD_SIZE" not in os.environ:
-            raise RecipeError(
-                f"engine.kind: deepspeed_zero{stage} runs under a launcher: deepspeed scripts/train.py RECIPE"
-            )
         self.config = zero_config(recipe, ranks, stage)
         self.stage, self.offload = stage, _offload(self.config)
         _join_deepspeed(ranks)
@@ -202,10 +196,8 @@ def _offload(config: dict[str, Any]) -> str:
 
 
 def _join_deepspeed(ranks: Ranks) -> None:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise RecipeError("engine.kind: deepspeed is not installed; pip install 'llava-train[deepspeed]'") from error
+    import deepspeed
+
     if ranks.device.type == "cpu":
         # Its shared-memory kernels are compiled at first use (minutes) and only save a copy: gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
