@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from llava_train.arguments import build_parser
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _set_environment(options.debug)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left half done
+        signal.signal(signal.SIGTERM, _interrupt)  # ends as Ctrl-C does: nothing is left half done
     try:
         COMMANDS[options.command](options)
         return 0
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"llava-train {options.command}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = _GOES_ON.get(options.command, "")
         print(f"\nllava-train {options.command}: stopped{again}", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -58,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"llava-train {options.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _set_environment(debug: bool) -> None:
@@ -73,6 +78,7 @@ def _set_environment(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 

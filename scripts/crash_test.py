@@ -94,13 +94,16 @@ def saves_under_way(folder: Path) -> set[tuple[str, int, int]]:
 
 def _wait(training: Training, until: Callable[[], bool]) -> bool:
     """Wait for a moment; False where the training ended before it. Raises TimeoutError."""
-    started = time.monotonic()
+    awake, last = 0.0, time.monotonic()
     while not training.over():
         if until():
             return True
-        if time.monotonic() - started > PATIENCE_S:
+        # A test that is suspended for a while finds nobody late when it goes on.
+        now = time.monotonic()
+        awake, last = awake + min(now - last, 1.0), now
+        if awake > PATIENCE_S:
             training.kill()
-            raise TimeoutError(f"still at work after {PATIENCE_S} s: killed")
+            raise TimeoutError(f"still at work after {PATIENCE_S} s: killed\n{training.last_words()}")
         time.sleep(0.001)
     return False
 

@@ -100,8 +100,11 @@ def forked(work: Callable[[], int], output: int, group: int = 0) -> int:
 
 def train(arguments: list[str], environment: dict[str, str]) -> int:
     """What a process does whose command is `llava-train train ARGUMENTS`; returns the exit status."""
+    from tqdm import tqdm
+
     from llava_train.cli import main
 
+    tqdm._instances.clear()  # the bars of the process that forked this one
     os.environ.update(environment)
     return main(["train", *arguments])
 

@@ -164,10 +164,13 @@ class StepDataset(Dataset[list[Batch] | RecordError]):
             return error
 
 
-def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[list[Batch]]:
+def load_steps(
+    dataset: StepDataset, first: int, num_workers: int, at_start: Callable[[int], None] | None = None
+) -> Iterator[list[Batch]]:
     """Steps `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one).
 
-    Raises RecordError naming the sample whose picture cannot be read any more.
+    `at_start` is called in each of them with its number. Raises RecordError naming the sample whose picture cannot be
+    read any more.
     """
     loader = DataLoader(
         dataset,
@@ -176,6 +179,7 @@ def load_steps(dataset: StepDataset, first: int, num_workers: int) -> Iterator[l
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=at_start,
     )
     for item in loader:
         if isinstance(item, RecordError):

@@ -32,6 +32,7 @@ from llava_train.recipe import Recipe, SourceSettings
 from llava_train.storage import expand_paths, is_remote
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.loop import Course
+from llava_train.training.signals import shield_worker
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +213,7 @@ def course_of(recipe: Recipe, assembly: Assembly, prepared: Prepared, ranks: Ran
     micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
     reader = BatchReader(prepared.train, images, pad_id)
     dataset = StepDataset(reader, plan, (ranks.rank, ranks.world_size), micro)
-    steps = load_steps(dataset, first_step, recipe.data.num_workers)
+    steps = load_steps(dataset, first_step, recipe.data.num_workers, shield_worker)
     if prepared.validation is None:
         return Course(plan, steps, None)
     held_out = BatchReader(prepared.validation, images, pad_id)

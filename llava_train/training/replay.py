@@ -36,7 +36,6 @@ from llava_train.training.schedule import rate_factor
 from llava_train.training.setup import Setup, set_up
 from llava_train.training.state import seed_step
 
-_PRECISION = "optimization.precision"
 _SHOWN = 16
 
 
@@ -60,7 +59,6 @@ class Look:
 class Found:
     """What a look brought: samples, those that are not finite first, and what is to be said about them."""
 
-    step: int
     looks: tuple[Look, ...]
     summary: str
 
@@ -83,7 +81,7 @@ def replay(
     ranks = join_ranks(recipe)
     if recipe.optimization.precision == "fp16" and ranks.device.type == "cpu":
         raise RecipeError(f"{folder}: the run is in fp16, which needs a GPU; look at it with --precision bf16 or fp32")
-    changes = [*allowed, _PRECISION] if precision else allowed
+    changes = [*allowed, "optimization.precision"] if precision else allowed
     try:
         setup = set_up(recipe, ranks, folder, changes, before=step)
         if not 1 <= step <= setup.plan.total_steps:
@@ -125,7 +123,7 @@ def _last_failed(folder: Path) -> int:
     return int(read_json(files[-1])["step"])
 
 
-class _EveryRank(StepDataset):
+class EveryRank(StepDataset):
     """Item `step * world_size + rank` is what that rank of the run had in that step."""
 
     def __len__(self) -> int:
@@ -142,17 +140,16 @@ class _Replay:
     def __init__(self, recipe: Recipe, setup: Setup, folder: Path, step: int) -> None:
         self.recipe, self.setup, self.folder, self.step = recipe, setup, folder, step
         self.engine, self.model, self.begun = setup.engine, setup.assembly.model, setup.state.step
-        self.failures = _failures(folder, step)
-        world_size = 1 + max((int(read_json(path)["rank"]) for path in self.failures), default=0)
+        self.failures = [read_json(path) for path in _failures(folder, step)]
+        world_size = 1 + max((int(each["rank"]) for each in self.failures), default=0)
         images = ImageReader(setup.assembly.image_processor)
         self.reader = BatchReader(setup.prepared.train, images, int(setup.assembly.tokenizer.pad_token_id))
         micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
-        self.dataset = _EveryRank(self.reader, setup.plan, (0, world_size), micro)
+        self.dataset = EveryRank(self.reader, setup.plan, (0, world_size), micro)
 
     def look(self) -> Found:
         """Make the steps before again, then look."""
         loss, norm = self._make_again()
-        self.engine.optimizer.zero_grad()
         supervised = self.setup.prepared.train.supervised
         samples = list(dict.fromkeys(self.setup.plan.step(self.step - 1)))  # a mixture may bring one twice
         looks: list[Look] = []
@@ -164,9 +161,9 @@ class _Replay:
             if not looks[-1].finite and not origin:
                 find = self._first_backward if math.isfinite(looks[-1].loss) else self._first_module
                 origin.append(f"{looks[-1].sample}: {find(batch)}")
-        whole = math.isfinite(loss) and math.isfinite(norm)
-        told = [self._headline(loss, norm), *_verdict(looks, whole), *origin, *self._rates(), *self._largest_weights()]
-        return Found(self.step, tuple(sorted(looks, key=lambda each: each.finite)), "\n".join(told))
+        verdict = _verdict(looks, self._goes_on(loss, norm))
+        told = [self._headline(loss, norm), *verdict, *origin, *self._rates(), *self._largest_weights()]
+        return Found(tuple(sorted(looks, key=lambda each: each.finite)), "\n".join(told))
 
     def _make_again(self) -> tuple[float, float]:
         """Loss and gradient norm of the step to look at, after the updates of those before it.
@@ -177,7 +174,7 @@ class _Replay:
         steps = load_steps(self.dataset, first, self.recipe.data.num_workers)
         for index in tqdm(range(self.begun, self.step - 1), "again", unit="step", dynamic_ncols=True, file=sys.stderr):
             loss, norm = self._gradients(steps, index)
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.engine.skips_overflow):
+            if not self._goes_on(loss, norm):
                 say(f"step {index + 1} is not finite already: looking at it instead of step {self.step}")
                 self.step = index + 1
                 return loss, norm
@@ -197,8 +194,13 @@ class _Replay:
                 shares.append(share.detach().double())
         return float(sum(shares)), self.engine.clip(self.recipe.optimization.max_grad_norm)
 
+    def _goes_on(self, loss: float, norm: float) -> bool:
+        """Whether a run makes the update; in fp16 it skips one whose scaled gradients overflow, and goes on."""
+        return math.isfinite(loss) and (math.isfinite(norm) or self.engine.skips_overflow)
+
     def _forward(self, batch: Batch) -> torch.Tensor:
-        """The loss of a sample; the same random numbers each time."""
+        """The loss of a sample, no gradients of another left; the same random numbers each time."""
+        self.engine.optimizer.zero_grad()
         seed_step(self.recipe.seed, self.step - 1, 0)
         loss: torch.Tensor = self.engine.module(batch)
         return loss
@@ -207,7 +209,6 @@ class _Replay:
         loss = self._forward(batch)
         loss.backward()  # without the loss scale of fp16: an overflow of scaled gradients stops no run
         value, norm = float(loss.detach()), float(get_total_norm([grad for _, grad in self._grads()]))
-        self.engine.optimizer.zero_grad()
         finite = math.isfinite(value) and math.isfinite(norm)
         return Look(batch.ids[0], finite, value, norm, int(batch.attention_mask.sum()), supervised)
 
@@ -219,14 +220,15 @@ class _Replay:
         found: list[str] = []
 
         def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            bad = 0 if found else sum(int((~tensor.isfinite()).sum()) for tensor in _floats(output))
+            whole = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+            bad = 0 if found else sum(int((~tensor.isfinite()).sum()) for tensor in whole)
             if bad:
-                inputs = [_range(tensor) for tensor in _tensors([args, kwargs])]
                 own = sum(int((~weight.isfinite()).sum()) for weight in module.parameters(recurse=False))
-                told = f"; {own:,} of its own weights are not finite" * bool(own)
                 found.append(
-                    f"{name} ({type(module).__name__}): {bad:,} of {_size(output):,} values of its output are "
-                    f"not finite; its input: {', '.join(inputs)}{told}"
+                    f"{name} ({type(module).__name__}): {bad:,} of {sum(map(torch.numel, whole)):,} values; its input: "
+                    f"{', '.join(map(_range, _tensors([args, kwargs])))}"
+                    + f"; {own:,} of its own weights are not finite"
+                    * bool(own)
                 )
 
         hooks = [
@@ -254,24 +256,15 @@ class _Replay:
                 if not operation:
                     raise
                 return f"only its gradient is not finite; {operation[1]} is first to return nan{_made_at(told)}"
-            grads = self._grads()
-        bad = [name for name, grad in grads if not grad.isfinite().all()]
-        name, largest = max(((name, float(grad.abs().max())) for name, grad in grads), key=lambda pair: pair[1])
-        self.engine.optimizer.zero_grad()
-        if bad:
-            return (
-                f"only its gradient is not finite: that of {', '.join(bad[:4])} ({len(bad)} weights in all) overflows"
-            )
-        return f"each gradient is finite, their norm is not: the largest is {largest:.3g}, of {name}"
+        value, name = max((float(grad.abs().max()), name) for name, grad in self._grads())
+        return f"only its gradient overflows: the largest is {value:.3g}, of {name}"
 
     def _headline(self, loss: float, norm: float) -> str:
-        engine, total = self.engine, self.setup.plan.total_steps
-        again = self.step - 1 - self.begun
         start = f"checkpoint step-{self.begun}" if self.begun else "the beginning"
-        told = f"step {self.step} of {total:,}, from {start} with {again} steps made again"
-        told += f" ({engine.precision} on {engine.ranks.device.type}): loss {loss:.6g}, gradient norm {norm:.6g}"
-        failures = [read_json(path) for path in self.failures if read_json(path)["step"] == self.step]
-        return told + (f"; in the run the {failures[0]['what']} was {failures[0]['value']}" if failures else "")
+        again, total = self.step - 1 - self.begun, self.setup.plan.total_steps
+        told = f"step {self.step} of {total:,}, from {start} with {again} steps made again ({self.engine.precision} on "
+        told += f"{self.engine.ranks.device.type}): loss {loss:.6g}, gradient norm {norm:.6g}"
+        return told + "".join(f"; in the run the {each['what']} was {each['value']}" for each in self.failures[-1:])
 
     def _rates(self) -> Iterator[str]:
         """What the run says of the steps before, and the learning rates of this one."""
@@ -287,30 +280,29 @@ class _Replay:
         yield f"learning rates of step {self.step}: " + ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
 
     def _largest_weights(self) -> Iterator[str]:
+        sizes = [(float(weight.detach().abs().max()), name) for name, weight in self.model.named_parameters()]
         for part in PARTS:
-            weights = [(n, p.detach()) for n, p in self.model.named_parameters() if part_of(n) == part and p.numel()]
-            if weights:
-                values = [(float(weight.abs().max()), name) for name, weight in weights]
-                value, name = next((pair for pair in values if math.isnan(pair[0])), max(values))
+            own = [pair for pair in sizes if part_of(pair[1]) == part]
+            if own:
+                value, name = max(own, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
                 yield f"largest weight of {part}: {value:.4g}, in {name}"
 
 
-def _verdict(looks: list[Look], whole: bool) -> list[str]:
+def _verdict(looks: list[Look], whole: bool) -> Iterator[str]:
     """Which samples are to blame; `whole` says whether the step as the run made it is finite."""
     bad = [each for each in looks if not each.finite]
     if bad:
-        lines = [f"{len(bad)} of {len(looks)} samples are not finite by themselves:"]
-        lines += [f"  {each.sample}: loss {each.loss:.4g}, gradient norm {each.grad_norm:.4g}" for each in bad[:_SHOWN]]
-        lines += [f"  and {len(bad) - _SHOWN} more"] * (len(bad) > _SHOWN)
+        yield f"{len(bad)} of {len(looks)} samples are not finite by themselves:"
+        for each in bad[:_SHOWN]:
+            yield f"  {each.sample}: loss {each.loss:.4g}, gradient norm {each.grad_norm:.4g}"
+        yield from [f"  and {len(bad) - _SHOWN} more"] * (len(bad) > _SHOWN)
         if len(bad) == len(looks):
-            lines.append("All of them: look at the learning rates and weights below rather than at the data.")
-        return lines
-    if not whole:
-        return [f"All {len(looks)} samples are finite by themselves; only their sum is not."]
-    return [
-        f"All {len(looks)} samples are finite, by themselves and together: what stopped the run does not show here. "
-        "Another --device or --precision may show it."
-    ]
+            yield "All of them: look at the learning rates and weights below rather than at the data."
+    elif not whole:
+        yield f"All {len(looks)} samples are finite by themselves; only their sum is not."
+    else:
+        yield f"All {len(looks)} samples are finite, by themselves and together: nothing that would stop a run shows here."
+        yield "Another --device or --precision may show it."
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -320,14 +312,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _tensors(each)
-
-
-def _floats(value: Any) -> Iterator[torch.Tensor]:
-    return (tensor for tensor in _tensors(value) if tensor.is_floating_point())
-
-
-def _size(value: Any) -> int:
-    return sum(tensor.numel() for tensor in _floats(value))
 
 
 def _range(tensor: torch.Tensor) -> str:

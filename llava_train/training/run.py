@@ -45,7 +45,7 @@ def train(recipe: Recipe, fresh: bool = False, allowed: Sequence[str] = ()) -> P
     if ranks.is_main:
         ensure_space(folder, 1_000_000, "a run")
     limits = Limits(behind_s=recipe.engine.stall_seconds)
-    with sole_run(folder, ranks.is_main), watching(ranks.rank, ranks.world_size, ranks.device, limits) as watch:
+    with watching(ranks.rank, ranks.world_size, ranks.device, limits) as watch, sole_run(folder, ranks.is_main):
         with watch.patient():
             require_shared(folder, ranks)
             if fresh and ranks.is_main:

@@ -1,3 +1,6 @@
+import random
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,3 +79,15 @@ def test_planned_padding_is_less_than_random() -> None:
     shares = padding_share(Plan.of(Mixture.whole(512), 128, 1, None, 0), lengths, lengths, 16)
     assert 0 < shares["planned"] < shares["random"] < 1
     assert padding_share(Plan.of(Mixture.whole(8), 8, 1, None, 0), np.full(8, 5), np.full(8, 1), 3)["planned"] == 0
+
+
+def test_any_step_of_665_thousand_records_is_found_at_once() -> None:
+    """A resumed run seeks, whatever step it goes on from (CPU time: the machine may be busy)."""
+    records = 665_298
+    lengths = np.random.default_rng(0).integers(20, 2048, records)
+    steps = Plan.of(Mixture.whole(records), 128, 3, None, 42).total_steps
+    for step in (0, steps - 1, *(random.Random(0).sample(range(steps), 6))):
+        plan = Plan.of(Mixture.whole(records), 128, 3, None, 42)
+        started = time.process_time()
+        deal(plan.step(step), lengths, lengths // 5, 8, 16, "tokens")
+        assert time.process_time() - started < 2

@@ -1,8 +1,10 @@
 """What stopped a run is found again: the sample, the module, the operation; and nothing of the run is touched."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_train import load_recipe, train
 from llava_train.cli import main
+from llava_train.data.batch import BatchReader, ImageReader, load_steps
 from llava_train.errors import TrainingError
-from llava_train.files import read_json
+from llava_train.files import read_json, write_json
 from llava_train.training import replay, run
-from llava_train.training.material import plan_of, prepare
+from llava_train.training.engines.ranks import Ranks
+from llava_train.training.material import course_of, plan_of, prepare
+from llava_train.training.setup import build
 from tests import tiny
 
 
@@ -125,13 +130,20 @@ def test_a_rate_that_explodes(workplace: Path, capsys: pytest.CaptureFixture[str
     assert f"learning rates of step {step}: connector 1e+30, llm 0.01" in err
     assert re.search(r"largest weight of connector: \S+e\+30, in model\.multi_modal_projector", err)
     assert contents(workplace / "run") == before
+    older = workplace / "run" / "failed" / "step-1-rank-0.json"
+    write_json(older, {"step": 1, "rank": 0, "what": "loss", "value": "nan", "samples": []})
+    os.utime(older, (1, 1))
+    for arguments in ([], ["--step", 7]):  # steps that the run never made: it ends where the run did
+        assert f"step {step} of 8, from the beginning" in looked(capsys, workplace / "run", *arguments)[1]
 
 
 @pytest.mark.parametrize(
     ("scale", "told"),
     [
-        (1e25, r"each gradient is finite, their norm is not: the largest is \S+e\+2\d, of \S+\.up_proj\.lora_B"),
-        (1e38, r"only its gradient is not finite: that of \S+\.up_proj\.lora_B\S+ \(1 weights in all\) overflows"),
+        (
+            1e25,
+            r"only its gradient overflows: the largest is \d\S*e\+2\d, of model\S+\.up_proj\.lora_B\.default\.weight",
+        ),
         (3e38, r"only its gradient is not finite; \w+Backward\d is first to return nan \(made in forward, .*:\d+\)"),
     ],
 )
@@ -141,7 +153,6 @@ def test_only_the_gradient_is_not_finite(
     """A branch that gives nothing forward and too much backward."""
     file = workplace / "llm" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1000
     tensors["model.layers.1.mlp.up_proj.weight"].zero_()
     tensors["model.layers.1.mlp.down_proj.weight"].fill_(scale)
     save_file(tensors, file, {"format": "pt"})
@@ -163,8 +174,32 @@ def test_what_does_not_show_again_is_said(finished: Path, capsys: pytest.Capture
     assert sum(row["tokens"] for row in rows) == recorded["tokens"]
     assert f"loss {recorded['loss']:.6g}, gradient norm {recorded['grad_norm']:.6g}" in err
     assert "from checkpoint step-6 with 1 steps made again" in err
-    assert "what stopped the run does not show here" in err
+    assert "nothing that would stop a run shows here" in err
+    assert "made again (bf16 on cpu)" in looked(capsys, finished, "--step", 8, "--precision", "bf16")[1]
     assert contents(finished) == before
+
+
+def test_a_run_of_several_ranks(finished: Path) -> None:
+    """One loader brings what each rank had, rank after rank."""
+    recipe = load_recipe(finished / "recipe.yaml")
+    assembly, sets = build(recipe), prepare(recipe)
+    ranks = [course_of(recipe, assembly, sets, Ranks(rank, 3, torch.device("cpu")), 1).steps for rank in range(3)]
+    reader = BatchReader(sets.train, ImageReader(assembly.image_processor), 0)
+    micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
+    steps = load_steps(replay.EveryRank(reader, plan_of(recipe, sets), (0, 3), micro), 3, 0)
+    for index in range(7 * 3):
+        assert [batch.ids for batch in next(steps)] == [batch.ids for batch in next(ranks[index % 3])]
+    assert next(steps, None) is None
+
+
+def test_what_changed_is_refused_or_allowed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("max_grad_norm: 1.0", "max_grad_norm: 2.0"))
+    assert main(["replay", str(folder), "--step", "8"]) == 2
+    assert "optimization.max_grad_norm: was 1.0, is 2.0" in capsys.readouterr().err
+    assert "step 8 of 8" in looked(capsys, folder, "--step", 8, "--allow-change", "optimization.max_grad_norm")[1]
 
 
 def test_what_cannot_be_looked_at(

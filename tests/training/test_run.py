@@ -64,6 +64,13 @@ def test_the_same_seed_gives_the_same_run(workplace: Path, finished: Path) -> No
     assert (again / "final" / WEIGHTS).read_bytes() == (finished / "final" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_number_of_workers_changes_nothing(workplace: Path, finished: Path, workers: int) -> None:
+    again = train(load_recipe(tiny.make_recipe(workplace), [f"data.num_workers={workers}"]))
+    assert rows_of(again) == rows_of(finished)
+    assert (again / "final" / WEIGHTS).read_bytes() == (finished / "final" / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("died_after", [2, 5, 7])
 def test_a_resumed_run_is_the_same_run(

@@ -74,7 +74,7 @@ def test_keys_that_there_are_not_are_told_with_those_that_changed(checkpoint: Pa
     message = r"--allow-change sede, lr: no such key; what changed: data\.template, optimization\.learning_rate, seed$"
     with pytest.raises(CheckpointError, match=message):
         require_same_run(checkpoint, {**identity, **CHANGES}, ["sede", "seed", "lr"])
-    with pytest.raises(CheckpointError, match="--allow-change sede: no such key; what changed: nothing$"):
+    with pytest.raises(CheckpointError, match=r"--allow-change sede: no such key; what changed: nothing$"):
         require_same_run(checkpoint, identity, ["sede"])
 
 

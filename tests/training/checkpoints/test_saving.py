@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import llava_train.training.checkpoints.saving as saving
 from llava_train import load_recipe, train
 from llava_train.errors import LlavaTrainError, StorageError
+from llava_train.model.checkpoint import WEIGHTS
 from llava_train.recipe import CheckpointSettings
 from llava_train.tensorfile import write_tensors
 from llava_train.training.checkpoints.manifest import faults, place_of, steps_of
@@ -162,7 +163,7 @@ def test_a_disk_that_refuses_at_any_operation_of_a_save(
     former = content(place_of(tmp_path, 6))
     disk = Disk(monkeypatch, number)
     full = number in (errno.ENOSPC, errno.EDQUOT)
-    numbers = rf"; [\d,]+ bytes are needed, [\d,]+ are free" if full else ""
+    numbers = r"; [\d,]+ bytes are needed, [\d,]+ are free" if full else ""
     room = 0
     while True:
         disk.done, disk.room = 0, room
@@ -285,14 +286,17 @@ def test_while_the_newest_is_damaged_the_one_before_it_stays(tmp_path: Path, mon
 
 
 def test_a_run_that_went_back_replaces_the_damaged_ones(tmp_path: Path) -> None:
-    training = Training(tmp_path)
+    """And they count for nothing until then: the one it went on from stays."""
+    training = Training(tmp_path, keep_last=3)
     training.save(3)
     for step in (6, 9):
         spoil(place_of(tmp_path, step) / "state.json")
-    training = Training(tmp_path)
+    training = Training(tmp_path, keep_last=2)
+    training.step()
     training.save()
-    assert steps_of(tmp_path) == [3, 6, 9][-3:] or steps_of(tmp_path) == [3, 6, 9]
-    training.save(2)
+    assert steps_of(tmp_path) == [3, 6, 9]
+    assert newest(tmp_path, ALONE) == place_of(tmp_path, 6)
+    training.save()
     require_whole(tmp_path, 6, 9)
 
 
@@ -377,16 +381,20 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(folder / "metrics.jsonl")]
 
 
-def test_a_run_that_saves_beside_its_steps_is_the_same_run(workplace: Path) -> None:
-    path = tiny.make_recipe(workplace, checkpoint__keep_last=9)
-    plain = train(load_recipe(path))
-    beside = train(load_recipe(path, ["checkpoint.asynchronous=true", f"output={workplace}/beside"]))
-    assert rows_of(beside) == rows_of(plain)
-    assert steps_of(beside) == steps_of(plain) == [3, 6, 8]
-    for step in steps_of(plain):
-        assert content(place_of(beside, step)) == content(place_of(plain, step))
+def test_a_run_that_saves_beside_its_steps_is_the_same_run(workplace: Path, finished: Path) -> None:
+    run = train(load_recipe(tiny.make_recipe(workplace, checkpoint__asynchronous=True)))
+    assert rows_of(run) == rows_of(finished)
+    assert steps_of(run) == steps_of(finished) == [6, 8]
+    shard = "state-00000-of-00001.safetensors"
+    for step in (6, 8):
+        assert content(place_of(run, step))[shard] == content(place_of(finished, step))[shard]
+        here, there = (json.loads((place_of(folder, step) / "state.json").read_text()) for folder in (run, finished))
+        one, other = here.pop("identity"), there.pop("identity")
+        moved = {"model.vision", "model.llm", "data.train", "data.validation"}  # to the folder of the test
+        assert {key for key in one if one[key] != other[key]} == moved
+        assert here == there
     for folder in ("final", "best"):
-        assert content(beside / folder) == content(plain / folder)
+        assert content(run / folder)[WEIGHTS] == content(finished / folder)[WEIGHTS]
 
 
 def test_a_run_stops_where_its_saves_fail_and_goes_on_where_they_work(
@@ -412,4 +420,4 @@ def test_a_run_stops_where_its_saves_fail_and_goes_on_where_they_work(
     assert not (run / "final").exists()
     train(recipe)
     assert rows_of(run) == rows_of(finished)
-    assert content(run / "final")["model.safetensors"] == content(finished / "final")["model.safetensors"]
+    assert content(run / "final")[WEIGHTS] == content(finished / "final")[WEIGHTS]

@@ -16,7 +16,7 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
 
 
-def run(command: list[str], limit_s: float = 300) -> str:
+def run(command: list[str], limit_s: float = 600) -> str:
     done = subprocess.run(
         command, capture_output=True, text=True, env=ENVIRONMENT, cwd=REPOSITORY, check=False, timeout=limit_s
     )

@@ -17,7 +17,7 @@ from tests.training.test_run import rows_of
 
 pytestmark = [
     pytest.mark.slow(reason="starts launchers with two and four processes"),
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(700),
 ]
 
 # (processes, engine, last step before the stop): 1 -> 2 -> 4 -> 2 -> 1 over eight steps.

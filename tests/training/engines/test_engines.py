@@ -18,7 +18,7 @@ from tests.training.test_run import rows_of
 
 pytestmark = [
     pytest.mark.slow(reason="starts launchers with two processes each"),
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(700),
 ]
 
 STAGES = {
@@ -111,7 +111,7 @@ def test_bf16_is_near(runs: Path, alone: dict[str, Path], kind: str) -> None:
 
 def test_a_model_of_spread_weights_exports(runs: Path, tmp_path: Path) -> None:
     folder = export(runs / "deepspeed_zero3-full", tmp_path / "export")
-    assert json.loads((folder / "verification.json").read_text())["passed"]
+    assert json.loads((folder / "export_report.json").read_text())["verified"]
 
 
 def test_the_deepspeed_launcher(place: Path, alone: dict[str, Path]) -> None:
