@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     overrides = [f"output={folder}/run", f"engine.kind={options.engine}", f"engine.offload={options.offload}"]
     overrides += ["optimization.precision=bf16", "optimization.max_steps=2", "checkpoint.save_every=0"]
+    overrides += ["optimization.global_batch_size=2", "optimization.micro_batch_size=1", "data.validation_fraction=0"]
     recipe = load_recipe(folder / "recipe.yaml", [*overrides, *STAGES[options.stage], *options.overrides])
     with Sampler() as sampler:
         train(recipe, fresh=True)

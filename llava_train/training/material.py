@@ -23,11 +23,12 @@ from llava_train.data.records.hub import hub_files
 from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import DataError, RecipeError
 from llava_train.model.assemble import Assembly
-from llava_train.model.checkpoint import load_stock, model_folder
+from llava_train.model.checkpoint import model_folder
 from llava_train.model.connectors import connector_tokens
 from llava_train.model.encoders import load_vision_config, vision_shape
 from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.spec import MANIFEST, read_spec
+from llava_train.model.stock import load_stock
 from llava_train.recipe import Recipe, SourceSettings
 from llava_train.storage import expand_paths, is_remote
 from llava_train.training.engines.ranks import Ranks

@@ -301,8 +301,8 @@ def _verdict(looks: list[Look], whole: bool) -> Iterator[str]:
     elif not whole:
         yield f"All {len(looks)} samples are finite by themselves; only their sum is not."
     else:
-        yield f"All {len(looks)} samples are finite, by themselves and together: nothing that would stop a run shows here."
-        yield "Another --device or --precision may show it."
+        yield f"All {len(looks)} samples are finite, by themselves and together: nothing here would stop a run."
+        yield "Another --device or --precision may show what did."
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

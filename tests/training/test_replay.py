@@ -174,7 +174,7 @@ def test_what_does_not_show_again_is_said(finished: Path, capsys: pytest.Capture
     assert sum(row["tokens"] for row in rows) == recorded["tokens"]
     assert f"loss {recorded['loss']:.6g}, gradient norm {recorded['grad_norm']:.6g}" in err
     assert "from checkpoint step-6 with 1 steps made again" in err
-    assert "nothing that would stop a run shows here" in err
+    assert "nothing here would stop a run" in err
     assert "made again (bf16 on cpu)" in looked(capsys, finished, "--step", 8, "--precision", "bf16")[1]
     assert contents(finished) == before
 
