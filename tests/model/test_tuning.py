@@ -10,8 +10,8 @@ from llava_train.model.tuning import (
     is_adapter,
     merge_lora,
     parameter_groups,
-    planned_dtypes,
     part_of,
+    planned_dtypes,
     tuning_table,
 )
 from llava_train.training.setup import build
