@@ -3,7 +3,8 @@
 
     torchrun --standalone --nproc_per_node 2 scripts/measure_memory.py --engine deepspeed_zero3 --folder /tmp/memory
 
-Prints one JSON a rank: the peak of memory of its own (what a file backs and can be dropped is counted apart), GB.
+Prints one JSON a rank: peaks of its own memory in GB, until the first step and after, and of that together with what a
+file backs and can be dropped. ZeRO-3 keeps gathered what `stage3_max_live_parameters` allows (a billion by default).
 The model is made in --folder by rank 0 if it is not there (2 bytes a weight); nothing else is written elsewhere.
 """
 
@@ -16,7 +17,9 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,17 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
         ready.touch()
     while not ready.exists():
         time.sleep(1)
+    import llava_train.training.run as run_module
     from llava_train import load_recipe, train
     from llava_train.training.engines.ranks import leave_ranks
 
     overrides = [f"output={folder}/run", f"engine.kind={options.engine}", f"engine.offload={options.offload}"]
-    overrides += ["optimization.precision=bf16", "optimization.max_steps=2", "checkpoint.save_every=0"]
+    overrides += [
+        f"optimization.precision={options.precision}",
+        "optimization.max_steps=2",
+        "data.template=plain",
+        "checkpoint.save_every=0",
+    ]
     overrides += ["optimization.global_batch_size=2", "optimization.micro_batch_size=1", "data.validation_fraction=0"]
     recipe = load_recipe(folder / "recipe.yaml", [*overrides, *STAGES[options.stage], *options.overrides])
     with Sampler() as sampler:
+        run_module.run_loop = sampler.training(run_module.run_loop)
         train(recipe, fresh=True)
-    size = sum(path.stat().st_size for path in (folder / "llm").glob("*.safetensors"))
-    figures = {"engine": options.engine, "stage": options.stage, "rank": rank, "model_gb": round(size / 1e9, 2)}
+    width = 2 if options.precision == "fp32" else 1  # the files are bf16
+    size = width * sum(path.stat().st_size for path in (folder / "llm").glob("*.safetensors"))
+    figures = {"engine": options.engine, "stage": options.stage, "rank": rank, "weights_gb": round(size / 1e9, 2)}
     print(json.dumps({**figures, **sampler.peaks}), flush=True)
     leave_ranks()
     return 0
@@ -58,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", default="deepspeed_zero3", help="engine.kind (default: %(default)s)")
     parser.add_argument("--offload", default="none", help="engine.offload (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, default="stage1", help="what trains (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", help="of the run; bf16 is slow on a CPU (default: %(default)s)")
     parser.add_argument("--folder", required=True, help="where the model, its data and the run lie")
     parser.add_argument("--layers", type=int, default=18, help="layers of the LLM, 51M weights each (default: 1B)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="more of the recipe")
@@ -68,18 +80,28 @@ class Sampler:
     """Peaks of this process's memory while the body runs, looked at twenty times a second."""
 
     def __enter__(self) -> Sampler:
-        self.peaks = {"own_gb": 0.0, "with_files_gb": 0.0}
+        self.peaks = {"loading_gb": 0.0, "training_gb": 0.0, "with_files_gb": 0.0}
+        self._phase = "loading_gb"
         self._over = threading.Event()
         self._start = _memory()["RssAnon"]
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
+    def training(self, loop: Callable[..., None]) -> Callable[..., None]:
+        """`loop`, which begins the second phase."""
+
+        def marked(*arguments: Any) -> None:
+            self._phase = "training_gb"
+            loop(*arguments)
+
+        return marked
+
     def _sample(self) -> None:
         while not self._over.wait(0.05):
             now = _memory()
             own = now["RssAnon"] - self._start
-            for key, value in (("own_gb", own), ("with_files_gb", own + now["RssFile"])):
+            for key, value in ((self._phase, own), ("with_files_gb", own + now["RssFile"])):
                 self.peaks[key] = max(self.peaks[key], round(value / 1e6, 2))
 
     def __exit__(self, *error: object) -> None:

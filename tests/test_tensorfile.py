@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,10 @@ def entries_of(tensors: dict[str, torch.Tensor]) -> list[Entry]:
 def check(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """What was written is what safetensors reads, by both of its readers, and has the sha256 that was told."""
     assert write_tensors(path, entries_of(tensors)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.itemsize == 0
     read = load_file(path)
     with safe_open(str(path), framework="pt") as file:
         assert {*file.keys()} == {*read} == {*tensors}

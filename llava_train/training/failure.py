@@ -13,7 +13,10 @@ FOLDER = "failed"
 
 
 def report_failure(folder: Path, ranks: Ranks, failure: Failure) -> str:
-    """Write `failed/step-<n>-rank-<r>.json` with every sample; the message for the user names the first of them."""
+    """Write `failed/step-<n>-rank-<r>.json` ; the message for the user names the first samples.
+
+    Its samples are those of micro-batches whose loss is not finite, or all of the step where only the norm is not.
+    """
     path = folder / FOLDER / f"step-{failure.step}-rank-{ranks.rank}.json"
     write_json(path, {**asdict(failure), "value": str(failure.value), "rank": ranks.rank})
     shown = ", ".join(failure.samples[:16]) + (f" and {len(failure.samples) - 16} more" * (len(failure.samples) > 16))

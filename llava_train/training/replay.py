@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -31,6 +28,7 @@ from llava_train.recipe import EngineSettings, Recipe, load_recipe
 from llava_train.training.engines.ranks import join_ranks
 from llava_train.training.failure import FOLDER
 from llava_train.training.monitor import METRICS, read_rows, say
+from llava_train.training.origin import first_backward, first_module
 from llava_train.training.run import RECIPE
 from llava_train.training.schedule import rate_factor
 from llava_train.training.setup import Setup, set_up
@@ -159,8 +157,10 @@ class _Replay:
             batch = self.reader(micro_batch).to(self.engine.ranks.device)
             looks.append(self._alone(batch, int(supervised[sample])))
             if not looks[-1].finite and not origin:
-                find = self._first_backward if math.isfinite(looks[-1].loss) else self._first_module
-                origin.append(f"{looks[-1].sample}: {find(batch)}")
+                forward = partial(self._forward, batch)
+                in_forward = not math.isfinite(looks[-1].loss)
+                found = first_module(self.model, forward) if in_forward else first_backward(forward, self._grads)
+                origin.append(f"{looks[-1].sample}: {found}")
         verdict = _verdict(looks, self._goes_on(loss, norm))
         told = [self._headline(loss, norm), *verdict, *origin, *self._rates(), *self._largest_weights()]
         return Found(tuple(sorted(looks, key=lambda each: each.finite)), "\n".join(told))
@@ -215,50 +215,6 @@ class _Replay:
     def _grads(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, weight.grad) for name, weight in self.engine.trained.items() if weight.grad is not None]
 
-    def _first_module(self, batch: Batch) -> str:
-        """The first module whose output is not finite, with what went into it."""
-        found: list[str] = []
-
-        def watch(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            whole = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
-            bad = 0 if found else sum(int((~tensor.isfinite()).sum()) for tensor in whole)
-            if bad:
-                own = sum(int((~weight.isfinite()).sum()) for weight in module.parameters(recurse=False))
-                found.append(
-                    f"{name} ({type(module).__name__}): {bad:,} of {sum(map(torch.numel, whole)):,} values; its input: "
-                    f"{', '.join(map(_range, _tensors([args, kwargs])))}"
-                    + f"; {own:,} of its own weights are not finite"
-                    * bool(own)
-                )
-
-        hooks = [
-            module.register_forward_hook(partial(watch, name), with_kwargs=True)
-            for name, module in self.model.named_modules()
-        ]
-        try:
-            with torch.no_grad():
-                self._forward(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not found:
-            return "the outputs of all modules are finite: it is the cross entropy of its logits that is not"
-        return f"the first module whose output is not finite is {found[0]}"
-
-    def _first_backward(self, batch: Batch) -> str:
-        """Where a gradient that is not finite begins though the loss is finite."""
-        with warnings.catch_warnings(record=True) as told, torch.autograd.set_detect_anomaly(True):
-            warnings.simplefilter("always")
-            try:
-                self._forward(batch).backward()
-            except RuntimeError as error:
-                operation = re.search(r"Function '(\w+)' returned nan", str(error))
-                if not operation:
-                    raise
-                return f"only its gradient is not finite; {operation[1]} is first to return nan{_made_at(told)}"
-        value, name = max((float(grad.abs().max()), name) for name, grad in self._grads())
-        return f"only its gradient overflows: the largest is {value:.3g}, of {name}"
-
     def _headline(self, loss: float, norm: float) -> str:
         start = f"checkpoint step-{self.begun}" if self.begun else "the beginning"
         again, total = self.step - 1 - self.begun, self.setup.plan.total_steps
@@ -303,30 +259,6 @@ def _verdict(looks: list[Look], whole: bool) -> Iterator[str]:
     else:
         yield f"All {len(looks)} samples are finite, by themselves and together: nothing here would stop a run."
         yield "Another --device or --precision may show what did."
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested arguments or outputs."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
-
-
-def _range(tensor: torch.Tensor) -> str:
-    kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-    return f"{kind} from {float(tensor.min()):.4g} to {float(tensor.max()):.4g}" if tensor.numel() else kind
-
-
-def _made_at(told: list[warnings.WarningMessage]) -> str:
-    """Where the forward pass made the operation that anomaly detection blames: the innermost line outside torch."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', "".join(str(each.message) for each in told))
-    outside = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]]
-    if not outside:
-        return ""
-    path, line, function = outside[-1]
-    return f" (made in {function}, {path}:{line})"
 
 
 def _json(value: Any) -> Any:

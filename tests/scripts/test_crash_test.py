@@ -22,6 +22,7 @@ def crash_test(*arguments: str) -> dict:
 
 
 @pytest.mark.slow(reason="loads all libraries anew, then starts training six times")
+@pytest.mark.timeout(900)  # where the machine is busy
 def test_four_kills() -> None:
     figures = crash_test("--kills", "4", "--stages", "stage1")
     assert figures["kills"] == figures["resumed"] == figures["identical"] == 4

@@ -89,6 +89,6 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
 
 def forget(folder: Path) -> None:
     """Remove what a run folder holds of an earlier run."""
-    for name in ("checkpoints", "final", "best", "metrics.jsonl"):
+    for name in ("checkpoints", "final", "best", "failed", "metrics.jsonl"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
