@@ -141,6 +141,8 @@ def _count(micro_batches: list[Batch]) -> tuple[int, int, int]:
 
 def _require_finite(what: str, value: float, step: int, micro_batches: list[Batch], hooks: Hooks) -> None:
     if not math.isfinite(value):
+        with hooks.watch.patient():
+            hooks.saver.finish()  # every rank comes here: what was being written is not lost
         samples = tuple(name for batch in micro_batches for name in batch.ids)
         raise TrainingError(hooks.failed(Failure(step + 1, what, value, samples)))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from llava_train.data.preparing.composition import composition_table, epoch_line
-from llava_train.errors import CheckpointError, RecipeError
+from llava_train.errors import CheckpointError, RecipeError, StorageError
 from llava_train.files import atomic_folder, ensure_space, storage_faults
 from llava_train.model.checkpoint import model_entries, save_model
 from llava_train.model.spec import MANIFEST
@@ -83,11 +84,14 @@ def _train(recipe: Recipe, setup: Setup, folder: Path, mirror: Mirror, watch: Wa
         with deferred_stop() as stop:
             hooks = Hooks(saver, keep_best, stop, partial(report_failure, folder, ranks), watch)
             run_loop(recipe, engine, setup.groups, course, state, monitor, hooks)
+    except BaseException:
+        with watch.patient(), suppress(StorageError):  # it was said; the message is what ended the run
+            mirror.wait()
+        raise
     finally:
         monitor.close()
-        with watch.patient():
-            mirror.wait()
     with watch.patient():
+        mirror.wait()
         _write_model(setup, folder / "final", state)
         if ranks.is_main:
             write_run_report(folder, recipe)

@@ -45,7 +45,6 @@ class Saver:
         self._state = RunState()
         self._said: dict[str, Any] = {}
         self._needed = 0
-        self.saved_step = -1
 
     def save(self, state: RunState) -> None:
         """Write `checkpoints/step-<n>`. Every rank calls it. Raises StorageError; the former ones are then intact."""
@@ -83,7 +82,6 @@ class Saver:
             writing.join()
         digests = self._gather(writing)
         self._check(lambda: self._seal(digests), self.engine.ranks.is_main)
-        self.saved_step = self._state.step
 
     @property
     def _temporary(self) -> Path:
