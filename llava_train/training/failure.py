@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def report_failure(folder: Path, ranks: Ranks, failure: Failure) -> str:
     Its samples are those of micro-batches whose loss is not finite, or all of the step where only the norm is not.
     """
     path = folder / FOLDER / f"step-{failure.step}-rank-{ranks.rank}.json"
-    write_json(path, {**asdict(failure), "value": str(failure.value), "rank": ranks.rank})
+    with suppress(OSError):  # a full disk must not hide the failure
+        write_json(path, {**asdict(failure), "value": str(failure.value), "rank": ranks.rank})
     shown = ", ".join(failure.samples[:16]) + (f" and {len(failure.samples) - 16} more" * (len(failure.samples) > 16))
     blamed = f"Samples of rank {ranks.rank}: {shown}" if shown else f"Those of rank {ranks.rank} are fine"
     return (

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_train.errors import RecipeError
+from llava_train.files import ensure_space
 from llava_train.training.engines.ranks import Ranks
+from llava_train.training.monitor import say
 
 
 @contextmanager
@@ -26,16 +28,36 @@ def sole_run(folder: Path, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
+    ensure_space(folder, 1_000_000, "a run")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RecipeError(f"{folder}: {_holder(folder)} is at work here; choose another output folder") from error
+        except OSError as error:
+            say(f"warning: {folder} cannot be locked ({error.strerror}); see to it that no other run writes there")
         stream.truncate(0)
         stream.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
         stream.flush()
-        yield
+        _HELD.add(stream.fileno())
+        try:
+            yield
+        finally:
+            _HELD.discard(stream.fileno())
+
+
+_HELD: set[int] = set()
+"""Descriptors of locks: forked data workers let go of them, or the lock would outlive a run that is killed."""
+
+
+def _let_go() -> None:
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _holder(folder: Path) -> str:

@@ -95,7 +95,12 @@ def run_loop(
                 saver.commit()
             if course.validation and _due(state.step, recipe.monitor.eval_every, total):
                 _evaluate(engine, course.validation(), state, monitor, hooks)
-            if stops or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total)):
+            is_best = recipe.checkpoint.keep_best and state.best_step == state.step
+            if (
+                stops
+                or is_best
+                or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total))
+            ):
                 monitor.sync()
                 saver.save(state)
             if stops:

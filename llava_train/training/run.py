@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from llava_train.data.preparing.composition import composition_table, epoch_line
-from llava_train.errors import CheckpointError, RecipeError, StorageError
-from llava_train.files import atomic_folder, ensure_space, storage_faults
+from llava_train.errors import CheckpointError, RecipeError, StoppedError, StorageError, TrainingError
+from llava_train.files import atomic_folder, ensure_space, flush, storage_faults
 from llava_train.model.checkpoint import model_entries, save_model
 from llava_train.model.spec import MANIFEST
 from llava_train.recipe import Recipe, load_recipe
@@ -26,7 +26,7 @@ from llava_train.training.lock import require_shared, sole_run
 from llava_train.training.loop import Hooks, run_loop
 from llava_train.training.material import course_of, epoch_of
 from llava_train.training.monitor import METRICS, Monitor, read_rows, say, write_run_report
-from llava_train.training.setup import Setup, set_up, state_facts
+from llava_train.training.setup import Setup, constants_of, set_up, state_facts
 from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState
 from llava_train.training.watch import Limits, Watch, watching
@@ -43,15 +43,11 @@ def train(recipe: Recipe, fresh: bool = False, allowed: Sequence[str] = ()) -> P
     folder = Path(recipe.output).expanduser()
     ranks = join_ranks(recipe)
     require_engine(recipe, ranks)
-    if ranks.is_main:
-        ensure_space(folder, 1_000_000, "a run")
     limits = Limits(behind_s=recipe.engine.stall_seconds)
     with watching(ranks.rank, ranks.world_size, ranks.device, limits) as watch, sole_run(folder, ranks.is_main):
         with watch.patient():
             require_shared(folder, ranks)
-            if fresh and ranks.is_main:
-                forget(folder)
-            finished = ranks.agree(int(ranks.is_main and _finished(recipe, folder)))
+            finished = ranks.agree(int(ranks.is_main and not fresh and _finished(recipe, folder, allowed)))
         if not finished:
             mirror = Mirror(folder, recipe.checkpoint)
             with watch.patient():
@@ -66,8 +62,10 @@ def _open(recipe: Recipe, ranks: Ranks, folder: Path, mirror: Mirror, fresh: boo
         sweep_unfinished(folder)
         mirror.open(fresh)
     ranks.barrier()
-    setup = set_up(recipe, ranks, folder, allowed)
+    setup = set_up(recipe, ranks, folder, allowed, fresh=fresh)
     if ranks.is_main:
+        if fresh:  # not before everything has been found good
+            forget(folder)
         _announce(recipe, setup)
         _check_room(recipe, setup, folder)
         _write_recipe(folder, recipe)
@@ -84,32 +82,44 @@ def _train(recipe: Recipe, setup: Setup, folder: Path, mirror: Mirror, watch: Wa
         with deferred_stop() as stop:
             hooks = Hooks(saver, keep_best, stop, partial(report_failure, folder, ranks), watch)
             run_loop(recipe, engine, setup.groups, course, state, monitor, hooks)
-    except BaseException:
-        with watch.patient(), suppress(StorageError):  # it was said; the message is what ended the run
-            mirror.wait()
+    except (StoppedError, TrainingError):  # which every rank raises
+        with watch.patient():
+            with suppress(StorageError):  # it was said; the message is what ended the run
+                mirror.wait()
+            ranks.barrier()  # the others may not leave while rank 0 uploads
         raise
     finally:
         monitor.close()
     with watch.patient():
-        mirror.wait()
         _write_model(setup, folder / "final", state)
         if ranks.is_main:
             write_run_report(folder, recipe)
+            mirror.wait()
             mirror.send_model(folder / "final")
         ranks.barrier()
 
 
-def _finished(recipe: Recipe, folder: Path) -> bool:
-    """Whether the run folder holds this very run, finished. Raises RecipeError where it holds another one."""
+def _finished(recipe: Recipe, folder: Path, allowed: Sequence[str]) -> bool:
+    """Whether the run folder holds this very run, finished. Raises RecipeError where it holds another one.
+
+    What may change on resume may differ here, too; a change that is `allowed` by name makes the run go on.
+    """
     if not (folder / "final" / MANIFEST).is_file():
         return False
-    if not (folder / RECIPE).is_file() or load_recipe(folder / RECIPE) != recipe:
+    before = constants_of(load_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else {}
+    now = constants_of(recipe)
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed and set(changed) <= set(allowed):
+        return False
+    if changed:
         raise RecipeError(
-            f"{folder}: holds a finished run of another recipe; choose another output folder (output=...) "
-            "or start over with --fresh"
+            f"{folder}: holds a finished run of another recipe ({', '.join(changed[:5])}); choose another output "
+            "folder (output=...), start over with --fresh, or go on with --allow-change KEY"
         )
-    write_run_report(folder, recipe)
-    say(f"{folder}: finished at step {read_rows(folder / METRICS)[-1]['step']}; nothing is left to do")
+    rows = read_rows(folder / METRICS) if (folder / METRICS).is_file() else []
+    if rows:
+        write_run_report(folder, recipe)
+    say(f"{folder}: finished at step {rows[-1]['step'] if rows else '?'}; nothing is left to do")
     return True
 
 
@@ -117,7 +127,9 @@ def _write_recipe(folder: Path, recipe: Recipe) -> None:
     text, temporary = recipe.to_yaml(), folder / f".{RECIPE}.tmp"
     with storage_faults(folder / RECIPE, len(text)):
         temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
         temporary.replace(folder / RECIPE)
+        flush(folder)
 
 
 def _announce(recipe: Recipe, setup: Setup) -> None:
@@ -155,8 +167,11 @@ def _check_room(recipe: Recipe, setup: Setup, folder: Path) -> None:
 
 def _write_model(setup: Setup, folder: Path, state: RunState) -> None:
     """Write the model; every rank helps to gather what is spread, rank 0 writes."""
-    entries = model_entries(setup.assembly, setup.layout, setup.engine.whole)
-    if not setup.engine.ranks.is_main:
+    engine = setup.engine
+    if not engine.ranks.is_main and not engine.saves:
+        return  # rank 0 has every weight
+    entries = model_entries(setup.assembly, setup.layout, engine.whole)
+    if not engine.ranks.is_main:
         for entry in in_file_order(entries):
             entry.get()
         return

@@ -53,13 +53,20 @@ class Setup:
     state: RunState
 
 
-def set_up(recipe: Recipe, ranks: Ranks, folder: Path, allowed: Sequence[str] = (), before: int | None = None) -> Setup:
+def set_up(
+    recipe: Recipe,
+    ranks: Ranks,
+    folder: Path,
+    allowed: Sequence[str] = (),
+    before: int | None = None,
+    fresh: bool = False,
+) -> Setup:
     """Prepare, build, place, and go on from the newest checkpoint in `folder`. Writes nothing into it.
 
-    With `before`, from the newest of a step before that one. Every rank calls it. Raises what `train` raises.
+    With `before`, from the newest of a step before that one; `fresh` goes on from none. Every rank calls it. Raises what `train` raises.
     """
     prepared = prepare_in_turn(recipe, ranks)
-    checkpoint = newest(folder, ranks, before)
+    checkpoint = None if fresh else newest(folder, ranks, before)
     assembly = _tuned(recipe, build(recipe))
     identity = identity_of(recipe, prepared, assembly)
     if checkpoint is not None:
@@ -117,12 +124,10 @@ def _load(assembly: Assembly, dtypes: dict[str, torch.dtype]) -> Load:
 
 
 def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[str, Any]:
-    """What must not change on resume. Where it runs and what it reports may."""
-    values = recipe.to_dict()
-    for free in ("name", "output", "engine", "checkpoint", "monitor"):
-        values.pop(free)
-    for free in ("cache_dir", "prepare_workers", "num_workers", "train", "validation"):
-        values["data"].pop(free)
+    """What must not change on resume: see `constants_of`; of the data what is in them, not where they lie."""
+    values: dict[str, Any] = {
+        key: value for key, value in constants_of(recipe).items() if key not in ("data.train", "data.validation")
+    }
     values["tokenizer"] = prepared.tokenizer
     values["weights"] = {"vision": assembly.spec.vision.fingerprint, "llm": assembly.spec.llm.fingerprint}
     if recipe.init_from:
@@ -130,6 +135,16 @@ def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[
     values["data.train"] = prepared.train.contents
     values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
     values["data.validation"] = prepared.validation.contents if prepared.validation else None
+    return _flatten(values)
+
+
+def constants_of(recipe: Recipe) -> dict[str, Any]:
+    """Keys of a recipe without those that say where it runs, what it reports and how often it saves."""
+    values = recipe.to_dict()
+    for free in ("name", "output", "engine", "checkpoint", "monitor"):
+        values.pop(free)
+    for free in ("cache_dir", "prepare_workers", "num_workers"):
+        values["data"].pop(free)
     return _flatten(values)
 
 

@@ -34,6 +34,8 @@ def newest(folder: Path, ranks: Ranks, before: int | None = None) -> Path | None
             print(f"{checkpoint}: passed over: {fault}", file=sys.stderr)
         if not ranks.total([float(len(found))])[0]:
             return checkpoint
+    if ranks.agree(len(_earlier(folder, before))):
+        raise CheckpointError(f"{folder}: none of its checkpoints verifies; mend them, or start over with --fresh")
     return None
 
 
@@ -88,7 +90,7 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
 
 
 def forget(folder: Path) -> None:
-    """Remove what a run folder holds of an earlier run."""
-    for name in ("checkpoints", "final", "best", "failed", "metrics.jsonl"):
+    """Remove what a run folder holds of an earlier run; first what makes it look finished."""
+    for name in ("final", "best", "checkpoints", "failed", "metrics.jsonl"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

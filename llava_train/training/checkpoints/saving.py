@@ -180,6 +180,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Remove what a crash left of checkpoints being written or removed. The run folder must be ours alone."""
-    for path in (folder / "checkpoints").glob(".step-*.tmp"):
+    """Remove what a crash left of checkpoints and models being written or removed. The folder must be ours alone."""
+    left = [*(folder / "checkpoints").glob(".step-*.tmp"), *folder.glob(".best.*.tmp"), *folder.glob(".final.*.tmp")]
+    for path in left:
         shutil.rmtree(path, ignore_errors=True)

@@ -157,18 +157,25 @@ def adamw(named: dict[str, nn.Parameter], groups: list[Group], settings: Optimiz
     )
 
 
-def units(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model, each to be sharded and gathered as one: members of its module lists, outermost first."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else units(child)
+def units(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The layers of a model with their names, each to be spread and gathered as one: members of its module lists."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList):
+            found += [(f"{path}.{number}", layer) for number, layer in enumerate(child)]
+        else:
+            found += units(child, path)
     return found
 
 
-def cast(module: nn.Module, names: dict[nn.Parameter, str], dtypes: dict[str, torch.dtype]) -> None:
-    """Put the weights of a module into their precision, in place."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtypes[names[parameter]])
+def cast(module: nn.Module, prefix: str, dtypes: dict[str, torch.dtype], copy: bool = False) -> None:
+    """Put the weights of a module, which the objective calls `prefix`, into their precision, in place.
+
+    By name: a table of the weights themselves would keep them alive while they are spread.
+    """
+    for name, parameter in module.named_parameters(prefix=prefix):
+        parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")], copy=copy)
 
 
 def names_of(objective: nn.Module) -> dict[nn.Parameter, str]:

@@ -46,6 +46,7 @@ class Load:
 def make_engine(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[Engine, str]:
     """The engine of a recipe, and why it is the one."""
     kind, why = choose(recipe, ranks, load)
+    kind = list(ENGINES)[ranks.agree(list(ENGINES).index(kind))]  # ranks on unlike machines might choose otherwise
     return ENGINES[kind](recipe, ranks), why
 
 
@@ -57,7 +58,7 @@ def require_engine(recipe: Recipe, ranks: Ranks) -> None:
     if not kind.startswith("deepspeed"):
         return
     if "WORLD_SIZE" not in os.environ:
-        raise RecipeError(f"engine.kind: {kind} runs under a launcher: deepspeed scripts/train.py RECIPE")
+        raise RecipeError(f"engine.kind: {kind} runs under a launcher: deepspeed (or torchrun) scripts/train.py RECIPE")
     if importlib.util.find_spec("deepspeed") is None:
         raise RecipeError(f"engine.kind: {kind}: deepspeed is not installed; pip install 'llava-train[deepspeed]'")
     zero_config(recipe, ranks, int(kind[-1]))

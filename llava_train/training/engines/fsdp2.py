@@ -36,14 +36,13 @@ class Fsdp2(Engine):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast and shard a layer at a time: no rank ever holds a second copy of more than one."""
-        names = names_of(objective)
         inner = MixedPrecisionPolicy(self.policy.param_dtype, self.policy.reduce_dtype)
-        for unit in units(objective):
-            cast(unit, names, dtypes)
+        for prefix, unit in units(objective):
+            cast(unit, prefix, dtypes)
             fully_shard(unit, mesh=self.mesh, mp_policy=inner)
-        for parameter, name in names.items():
-            if not isinstance(parameter, DTensor) and name in dtypes:
-                parameter.data = parameter.data.to(dtypes[name])
+        for name, parameter in objective.named_parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")])
         fully_shard(objective, mesh=self.mesh, mp_policy=self.policy)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
@@ -90,6 +89,13 @@ class Fsdp2(Engine):
             if count:
                 found.append(Fragment(name, first * row, count, parameter))
         return found
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """As for all; the outermost weights, which stay gathered in the run's precision, are let go afterwards."""
+        with super().evaluating() as module:
+            yield module
+        self.module.reshard()
 
     def whole(self, parameter: torch.Tensor) -> torch.Tensor:
         """Gathered from all ranks."""

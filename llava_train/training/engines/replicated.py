@@ -39,7 +39,7 @@ class Replicated(Engine):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; Accelerate moves the model in `attach`."""
-        cast(objective, names_of(objective), dtypes)
+        cast(objective, "", dtypes)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """Wrap for autocast and DDP."""

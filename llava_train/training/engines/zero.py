@@ -43,7 +43,7 @@ class Zero(Engine):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; DeepSpeed moves the model in `attach`."""
-        cast(objective, names_of(objective), dtypes)
+        cast(objective, "", dtypes)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """Hand module and optimizer to DeepSpeed."""
@@ -91,16 +91,12 @@ class Zero(Engine):
         for name, parameter in self.trained.items():
             link = parameter._hp_mapping  # type: ignore[attr-defined]
             if link is not None:
-                lies, owner = link.hp_fragment_address, self._owners()[link.param_group_index]
+                lies, owner = (
+                    link.hp_fragment_address,
+                    self.optimizer.single_partition_of_fp32_groups[link.param_group_index],
+                )
                 found.append(Fragment(name, link.lp_fragment_address.start, lies.numel, owner, lies.start))
         return found
-
-    def _owners(self) -> list[torch.Tensor]:
-        """The flat float32 masters, one a parameter group (ZeRO-1 under bf16 is a class of its own)."""
-        for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(self.optimizer, name):
-                return list(getattr(self.optimizer, name))
-        raise AttributeError(f"{type(self.optimizer).__name__} keeps its masters elsewhere")
 
     def refresh(self) -> None:
         """Weights from masters, on every rank."""
@@ -134,15 +130,15 @@ class Zero3(Zero):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast and spread a layer at a time: no rank ever holds a second copy of more than one."""
-        names = names_of(objective)
-        for unit in [*units(objective), objective]:
-            left = [p for p in unit.parameters() if not hasattr(p, "ds_id")]
-            for parameter in left:
-                # A copy: what is spread is broadcast first, and writing into a weight read from a file would keep the
-                # written pages for as long as any weight of that file lives.
-                parameter.data = parameter.data.to(dtypes[names[parameter]], copy=True)
-            if left:
-                self._spread(unit)
+        for prefix, unit in units(objective):
+            # A copy: what is spread is broadcast first, and writing into a weight read from a file would keep the
+            # written pages for as long as any weight of that file lives.
+            cast(unit, prefix, dtypes, copy=True)
+            self._spread(unit)
+        for name, parameter in objective.named_parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")], copy=True)
+        self._spread(objective)
 
     def _spread(self, module: nn.Module) -> None:
         from deepspeed import zero
