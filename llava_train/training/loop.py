@@ -96,11 +96,8 @@ def run_loop(
             if course.validation and _due(state.step, recipe.monitor.eval_every, total):
                 _evaluate(engine, course.validation(), state, monitor, hooks)
             is_best = recipe.checkpoint.keep_best and state.best_step == state.step
-            if (
-                stops
-                or is_best
-                or (recipe.checkpoint.save_every and _due(state.step, recipe.checkpoint.save_every, total))
-            ):
+            every = recipe.checkpoint.save_every
+            if stops or is_best or (every and _due(state.step, every, total)):
                 monitor.sync()
                 saver.save(state)
             if stops:

@@ -63,7 +63,8 @@ def set_up(
 ) -> Setup:
     """Prepare, build, place, and go on from the newest checkpoint in `folder`. Writes nothing into it.
 
-    With `before`, from the newest of a step before that one; `fresh` goes on from none. Every rank calls it. Raises what `train` raises.
+    With `before`, from the newest of a step before that one; `fresh` goes on from none. Every rank calls
+    it. Raises what `train` raises.
     """
     prepared = prepare_in_turn(recipe, ranks)
     checkpoint = None if fresh else newest(folder, ranks, before)

@@ -24,8 +24,8 @@ class StoppedError(Exception):
     """A run that dies."""
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the process die after a step, before anything else is saved."""
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, error: Exception | None = None) -> None:
+    """Let the process die after a step, before anything else is saved; or end by `error`."""
     from llava_train.training.monitor import Monitor
 
     original = Monitor.step
@@ -33,7 +33,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     def report(self, row):
         original(self, row)
         if row["step"] == step:
-            raise StoppedError
+            raise error or StoppedError
 
     monkeypatch.setattr(Monitor, "step", report)
 

@@ -91,10 +91,8 @@ class Zero(Engine):
         for name, parameter in self.trained.items():
             link = parameter._hp_mapping  # type: ignore[attr-defined]
             if link is not None:
-                lies, owner = (
-                    link.hp_fragment_address,
-                    self.optimizer.single_partition_of_fp32_groups[link.param_group_index],
-                )
+                owner = self.optimizer.single_partition_of_fp32_groups[link.param_group_index]
+                lies = link.hp_fragment_address
                 found.append(Fragment(name, link.lp_fragment_address.start, lies.numel, owner, lies.start))
         return found
 

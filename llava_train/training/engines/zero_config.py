@@ -46,10 +46,8 @@ def zero_config(recipe: Recipe, ranks: Ranks, stage: int) -> dict[str, Any]:
     }
     if precision == "bf16" and stage > 1:
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    elif (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32" and precision == "bf16":
-        raise RecipeError(
-            f"{file}: data_types.grad_accum_dtype fp32 is for ZeRO-2 and ZeRO-3; remove it, or take those"
-        )
+    elif precision == "bf16" and config.get("data_types") == {"grad_accum_dtype": "fp32"}:
+        raise RecipeError(f"{file}: data_types.grad_accum_dtype: fp32 is for ZeRO-2 and 3; take those, or remove it")
     return config
 
 

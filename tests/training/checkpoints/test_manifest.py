@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_train.errors import CheckpointError
 from llava_train.training.checkpoints.manifest import MANIFEST, faults, place_of, read_manifest, seal, steps_of
 from llava_train.training.checkpoints.resuming import newest
 from llava_train.training.engines.ranks import Ranks
@@ -117,13 +118,14 @@ def test_every_file_must_be_there(run: Path, tmp_path: Path, name: str, instead:
     shutil.move(kept, path)
 
 
-def test_where_none_verifies_there_is_none(run: Path, tmp_path: Path) -> None:
+def test_where_none_verifies_nothing_starts_over_by_itself(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     for step in (6, 8):
         (place_of(folder, step) / MANIFEST).unlink()
-    found, said = resumed_from(folder)
-    assert found == ""
-    assert said.count(f"{MANIFEST} cannot be read: No such file or directory") == 2
+    with pytest.raises(CheckpointError, match="none of its checkpoints verifies; mend them, or"):
+        resumed_from(folder)
     assert resumed_from(tmp_path / "empty") == ("", "")
 
 

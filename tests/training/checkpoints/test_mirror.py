@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava_train import load_recipe, train
-from llava_train.errors import StorageError
+from llava_train.errors import StoppedError, StorageError
 from llava_train.model.checkpoint import WEIGHTS
 from tests import tiny
 from tests.training.checkpoints.test_remote import at, moto, s3, url  # noqa: F401
-from tests.training.test_run import StoppedError, rows_of, stop_after
+from tests.training.test_run import rows_of, stop_after
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_lost_machine_costs_the_steps_since_the_last_checkpoint(
     capsys,
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_after(patch, 7)
+        stop_after(patch, 7, StoppedError(7, 15))
         with pytest.raises(StoppedError):
             train(recipe)
     shutil.rmtree(workplace / "run")
