@@ -121,4 +121,4 @@ def test_weights_that_the_manifest_does_not_list(run, tmp_path: Path, capfd) -> 
     """A file more, which no hash covers, is not read."""
     checkpoint, resume = run
     (checkpoint / "state-00009-of-00010.safetensors").write_bytes(hostile_pickle(tmp_path / "canary"))
-    assert "state-00009" in refused_or_passed_over(resume, tmp_path / "canary", capfd)
+    assert "resuming after step 8" in refused_or_passed_over(resume, tmp_path / "canary", capfd)
