@@ -16,8 +16,10 @@ import pytest
 from tests import tiny
 
 REPOSITORY = Path(__file__).parent.parent
-# A shell that starts the suite in the background has it ignore Ctrl-C, and every process it starts as well.
+# A shell that starts the suite in the background has it ignore Ctrl-C, nohup a lost terminal, and both go on to every
+# process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
