@@ -40,12 +40,17 @@ def sha256_json(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if re.search("[\\ud800-\\udfff]", text):  # half of a character can only be written as an escape
         text = json.dumps(value, indent=2)
+    write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that a reader, or a crash, finds the old file or the new one, never a part of it."""
+    temporary = temporary_beside(path)
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         flush(temporary)
         temporary.replace(path)
     finally:
@@ -103,14 +108,15 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files and folders that nobody has touched for a day: their process ended in the middle.
+def sweep(folder: Path, untouched_s: float = _ABANDONED_S) -> None:
+    """Remove temporary files and folders that nobody has touched for so long: their process ended in the middle.
 
-    Whether it still runs cannot be asked: it may run on another machine that shares the folder.
+    Whether it still runs cannot be asked: it may run on another machine that shares the folder. One that holds the
+    folder for itself says 0.
     """
     for path in folder.glob(".*.tmp"):
         with suppress(OSError):
-            if path.lstat().st_mtime < time.time() - _ABANDONED_S:
+            if path.lstat().st_mtime <= time.time() - untouched_s:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

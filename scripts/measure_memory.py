@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Memory of each rank while a model is loaded, spread and trained for two steps, on a language model of random weights.
 
-    torchrun --standalone --nproc_per_node 2 scripts/measure_memory.py --engine deepspeed_zero3 --folder /tmp/memory
+    torchrun --standalone --nproc_per_node 2 scripts/measure_memory.py --engine deepspeed_zero3 --folder runs/memory
 
 Prints one JSON a rank: peaks of its own memory in GB, until the first step and after, and of that together with what a
 file backs and can be dropped. ZeRO-3 keeps gathered what `stage3_max_live_parameters` allows (a billion by default).

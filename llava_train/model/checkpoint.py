@@ -94,7 +94,8 @@ def model_entries(
     named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
 
     def get(own: Own) -> torch.Tensor:
-        return whole(named[own.weight])[own.first_row :].to(own.dtype) if own.shape else whole(named[own.weight])
+        tensor = whole(named[own.weight])
+        return (tensor[own.first_row :] if own.first_row else tensor).to(own.dtype)
 
     return [Entry(key, own.dtype, own.shape, partial(get, own)) for key, own in layout.items()]
 

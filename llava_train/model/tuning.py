@@ -22,6 +22,8 @@ _PREFIXES = {
     "llm": ("model.language_model.", "lm_head."),
 }
 ADAPTER = "default"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`optimization.precision` -> dtype."""
 
 
 def part_of(name: str) -> str:
@@ -107,7 +109,7 @@ def planned_dtypes(model: LlavaForConditionalGeneration, precision: str) -> dict
     Trained weights, the connector, and every weight of a part that trains in full are float32: layers of one part
     meet outside autocast, too.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = PRECISIONS[precision]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     full = {"connector", *(part_of(name) for name in trained if not is_adapter(name))}
     return {

@@ -14,7 +14,7 @@ FOLDER = "failed"
 
 
 def report_failure(folder: Path, ranks: Ranks, failure: Failure) -> str:
-    """Write `failed/step-<n>-rank-<r>.json` ; the message for the user names the first samples.
+    """Write `failed/step-<n>-rank-<r>.json`; the message for the user names the first samples.
 
     Its samples are those of micro-batches whose loss is not finite, or all of the step where only the norm is not.
     """

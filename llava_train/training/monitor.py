@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_train.errors import RecipeError
-from llava_train.files import flush
+from llava_train.files import write_whole
 from llava_train.recipe import Recipe
 
 METRICS = "metrics.jsonl"
@@ -98,10 +98,7 @@ def keep_rows(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_rows(path) if row["step"] <= first_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from llava_train.data.preparing.composition import composition_table, epoch_line
 from llava_train.errors import CheckpointError, RecipeError, StoppedError, StorageError, TrainingError
-from llava_train.files import atomic_folder, ensure_space, flush, storage_faults
+from llava_train.files import atomic_folder, ensure_space, flush, storage_faults, write_whole
 from llava_train.model.checkpoint import model_entries, save_model
 from llava_train.model.spec import MANIFEST
 from llava_train.recipe import Recipe, load_recipe
 from llava_train.tensorfile import in_file_order
 from llava_train.training.checkpoints.manifest import steps_of
 from llava_train.training.checkpoints.mirror import Mirror
-from llava_train.training.checkpoints.resuming import forget
+from llava_train.training.checkpoints.resuming import changed_keys, forget
 from llava_train.training.checkpoints.saving import Saver, sweep_unfinished
 from llava_train.training.checkpoints.shards import shard_bytes
 from llava_train.training.engines.choice import require_engine
@@ -107,8 +107,7 @@ def _finished(recipe: Recipe, folder: Path, allowed: Sequence[str]) -> bool:
     if not (folder / "final" / MANIFEST).is_file():
         return False
     before = constants_of(load_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else {}
-    now = constants_of(recipe)
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    changed = changed_keys(before, constants_of(recipe))
     if changed and set(changed) <= set(allowed):
         return False
     if changed:
@@ -124,11 +123,9 @@ def _finished(recipe: Recipe, folder: Path, allowed: Sequence[str]) -> bool:
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> None:
-    text, temporary = recipe.to_yaml(), folder / f".{RECIPE}.tmp"
+    text = recipe.to_yaml()
     with storage_faults(folder / RECIPE, len(text)):
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        temporary.replace(folder / RECIPE)
+        write_whole(folder / RECIPE, text)
         flush(folder)
 
 

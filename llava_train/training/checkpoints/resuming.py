@@ -43,13 +43,18 @@ def _earlier(folder: Path, before: int | None) -> list[int]:
     return [step for step in steps_of(folder) if before is None or step < before]
 
 
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys whose values differ, in order."""
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+
+
 def require_same_run(checkpoint: Path, identity: dict[str, Any], allowed: Sequence[str] = ()) -> None:
     """Raise CheckpointError, naming each, where recipe, data or tokenizer are not those of the checkpoint.
 
     `allowed` names the keys that may differ all the same.
     """
     before = _stored(checkpoint)["identity"]
-    changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
+    changed = changed_keys(before, identity)
     unknown = [key for key in allowed if key not in {*before, *identity}]
     if unknown:
         raise CheckpointError(

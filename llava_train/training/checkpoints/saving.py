@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_train.errors import StorageError
-from llava_train.files import ensure_space, flush, sha256_file, storage_faults, write_json
+from llava_train.files import ensure_space, flush, sha256_file, storage_faults, sweep, write_json
 from llava_train.recipe import CheckpointSettings
 from llava_train.tensorfile import Entry, write_tensors
 from llava_train.training.checkpoints.manifest import place_of, seal, steps_of
@@ -180,7 +180,6 @@ def _remove(checkpoint: Path) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Remove what a crash left of checkpoints and models being written or removed. The folder must be ours alone."""
-    left = [*(folder / "checkpoints").glob(".step-*.tmp"), *folder.glob(".best.*.tmp"), *folder.glob(".final.*.tmp")]
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a crash left of files being written or removed in a run folder, which must be ours alone."""
+    for place in (folder, folder / "checkpoints"):
+        sweep(place, untouched_s=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,6 @@ from torch.distributed.tensor import DTensor
 from llava_train.model.tuning import Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.ranks import Ranks
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Engine(ABC):
     optimizer: Any
     """What stands between the loop and torch's optimizer"""
     trained: dict[str, nn.Parameter]
-    """Trained weights by name, as `attach` found them"""
+    """Trained weights by name, in the order of their groups"""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -96,9 +94,15 @@ class Engine(ABC):
     def clip(self, max_norm: float) -> float:
         """Scale gradients down to `max_norm`, now or in `update`; the norm before, which may not be finite."""
 
-    @abstractmethod
     def update(self, rates: list[float]) -> None:
         """One optimizer step at a rate a parameter group, then gradients are cleared."""
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self._step()
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:
@@ -134,6 +138,19 @@ class Engine(ABC):
     def load_scale_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (only fp16 has one)
         """Go on with a loss scale of `scale_state`."""
 
+    def _adamw(self, objective: nn.Module, groups: list[Group], settings: OptimizationSettings) -> torch.optim.AdamW:
+        """AdamW over the placed weights that `groups` name, which are `trained` from now on."""
+        named = {name.removeprefix("model."): parameter for name, parameter in objective.named_parameters()}
+        self.trained = {name: named[name] for group in groups for name in group.names}
+        return torch.optim.AdamW(
+            [
+                {"params": [named[name] for name in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
+                for g in groups
+            ],
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+        )
+
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         """The module for forward alone: no dropout, no gradients."""
@@ -143,18 +160,6 @@ class Engine(ABC):
                 yield self.module
         finally:
             self.module.train()
-
-
-def adamw(named: dict[str, nn.Parameter], groups: list[Group], settings: OptimizationSettings) -> torch.optim.AdamW:
-    """AdamW over the weights that `groups` name, in their order."""
-    return torch.optim.AdamW(
-        [
-            {"params": [named[name] for name in g.names], "lr": g.learning_rate, "weight_decay": g.weight_decay}
-            for g in groups
-        ],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-    )
 
 
 def units(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -169,15 +174,18 @@ def units(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     return found
 
 
-def cast(module: nn.Module, prefix: str, dtypes: dict[str, torch.dtype], copy: bool = False) -> None:
+def cast(
+    module: nn.Module,
+    dtypes: dict[str, torch.dtype],
+    prefix: str = "",
+    copy: bool = False,
+    spread: Callable[[nn.Parameter], bool] = lambda parameter: False,
+) -> None:
     """Put the weights of a module, which the objective calls `prefix`, into their precision, in place.
 
-    By name: a table of the weights themselves would keep them alive while they are spread.
+    Those that are `spread` already are left alone. By name: a table of the weights themselves would keep them alive
+    while they are spread.
     """
     for name, parameter in module.named_parameters(prefix=prefix):
-        parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")], copy=copy)
-
-
-def names_of(objective: nn.Module) -> dict[nn.Parameter, str]:
-    """Names of the model's weights, without the objective's own prefix; shared weights have their first name."""
-    return {parameter: name.removeprefix("model.") for name, parameter in objective.named_parameters(prefix="")}
+        if not spread(parameter):
+            parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")], copy=copy)

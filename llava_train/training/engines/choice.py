@@ -78,10 +78,10 @@ def choose(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[str, str]:
     DDP with frozen weights in bf16 first: training 21M connector weights that way was measured elsewhere at 2.6 times
     the speed of ZeRO-2.
     """
-    if recipe.engine.kind != "auto":
-        return recipe.engine.kind, "the recipe names it"
-    if recipe.engine.deepspeed_config:
-        return _named(recipe), f"{recipe.engine.deepspeed_config} names the stage"
+    named = _named(recipe)
+    if named != "auto":
+        by_file = recipe.engine.kind == "auto"
+        return named, f"{recipe.engine.deepspeed_config} names the stage" if by_file else "the recipe names it"
     if ranks.world_size == 1:
         return "ddp", "nothing to share with"
     room = _SHARE * _memory(ranks.device)

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llava_train.model.tuning import Group
+from llava_train.model.tuning import PRECISIONS, Group
 from llava_train.recipe import OptimizationSettings, Recipe
-from llava_train.training.engines.base import PRECISIONS, Engine, Fragment, adamw, cast, names_of, units
+from llava_train.training.engines.base import Engine, Fragment, cast, units
 from llava_train.training.engines.ranks import Ranks
 
 
@@ -38,18 +38,14 @@ class Fsdp2(Engine):
         """Cast and shard a layer at a time: no rank ever holds a second copy of more than one."""
         inner = MixedPrecisionPolicy(self.policy.param_dtype, self.policy.reduce_dtype)
         for prefix, unit in units(objective):
-            cast(unit, prefix, dtypes)
+            cast(unit, dtypes, prefix)
             fully_shard(unit, mesh=self.mesh, mp_policy=inner)
-        for name, parameter in objective.named_parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")])
+        cast(objective, dtypes, spread=lambda parameter: isinstance(parameter, DTensor))
         fully_shard(objective, mesh=self.mesh, mp_policy=self.policy)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """The optimizer over the shards."""
-        named = {name: parameter for parameter, name in names_of(objective).items()}
-        self.trained = {name: named[name] for group in groups for name in group.names}
-        self.module, self.optimizer = objective, adamw(named, groups, optimization)
+        self.module, self.optimizer = objective, self._adamw(objective, groups, optimization)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -65,13 +61,6 @@ class Fsdp2(Engine):
         """Scale gradients down to `max_norm`; the norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def update(self, rates: list[float]) -> None:
-        """One optimizer step, then gradients are cleared."""
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     @property
     def saves(self) -> bool:

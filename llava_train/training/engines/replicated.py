@@ -14,7 +14,7 @@ from torch import nn
 
 from llava_train.model.tuning import Group
 from llava_train.recipe import OptimizationSettings, Recipe
-from llava_train.training.engines.base import Engine, Fragment, adamw, cast, names_of
+from llava_train.training.engines.base import Engine, Fragment, cast
 from llava_train.training.engines.ranks import Ranks
 
 
@@ -39,14 +39,13 @@ class Replicated(Engine):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; Accelerate moves the model in `attach`."""
-        cast(objective, "", dtypes)
+        cast(objective, dtypes)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """Wrap for autocast and DDP."""
         objective.to(self.ranks.device)
-        named = {name: parameter for parameter, name in names_of(objective).items()}
-        self.trained = {name: named[name] for group in groups for name in group.names}
-        self.module, self.optimizer = self.accelerator.prepare(objective, adamw(named, groups, optimization))
+        optimizer = self._adamw(objective, groups, optimization)
+        self.module, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -64,13 +63,6 @@ class Replicated(Engine):
     def clip(self, max_norm: float) -> float:
         """Scale gradients down to `max_norm`; the norm before."""
         return float(self.accelerator.clip_grad_norm_(list(self.trained.values()), max_norm))
-
-    def update(self, rates: list[float]) -> None:
-        """One optimizer step, then gradients are cleared."""
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def fragments(self) -> list[Fragment]:
         """Every trained weight, whole."""

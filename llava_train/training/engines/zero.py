@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_train.model.tuning import Group
+from llava_train.model.tuning import PRECISIONS, Group
 from llava_train.recipe import OptimizationSettings, Recipe
-from llava_train.training.engines.base import PRECISIONS, Engine, Fragment, adamw, cast, names_of, units
+from llava_train.training.engines.base import Engine, Fragment, cast, units
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.engines.zero_config import zero_config
 
@@ -43,16 +43,13 @@ class Zero(Engine):
 
     def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; DeepSpeed moves the model in `attach`."""
-        cast(objective, "", dtypes)
+        cast(objective, dtypes)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """Hand module and optimizer to DeepSpeed."""
         import deepspeed
 
-        named = {name: parameter for parameter, name in names_of(objective).items()}
-        self.trained = {name: named[name] for group in groups for name in group.names}
-        # The masters are DeepSpeed's own and spread, so one rank's optimizer is a small thing: built before wrapping.
-        optimizer = adamw(named, groups, optimization)
+        optimizer = self._adamw(objective, groups, optimization)
         self.module, self.optimizer, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=self.config, dist_init_required=False
         )
@@ -74,11 +71,8 @@ class Zero(Engine):
     def _scaled_norm(self) -> torch.Tensor:
         return self.optimizer.scaled_global_norm()
 
-    def update(self, rates: list[float]) -> None:
-        """One engine step."""
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        self.module.step()
+    def _step(self) -> None:
+        self.module.step()  # which clears the gradients, too
 
     @property
     def saves(self) -> bool:
@@ -131,11 +125,9 @@ class Zero3(Zero):
         for prefix, unit in units(objective):
             # A copy: what is spread is broadcast first, and writing into a weight read from a file would keep the
             # written pages for as long as any weight of that file lives.
-            cast(unit, prefix, dtypes, copy=True)
+            cast(unit, dtypes, prefix, copy=True)
             self._spread(unit)
-        for name, parameter in objective.named_parameters():
-            if not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.to(dtypes[name.removeprefix("model.")], copy=True)
+        cast(objective, dtypes, copy=True, spread=lambda parameter: hasattr(parameter, "ds_id"))
         self._spread(objective)
 
     def _spread(self, module: nn.Module) -> None:
