@@ -69,13 +69,17 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on, and how a record becomes tokens. `prepare_workers` 0 is one a core."""
+    """What is trained on, and how a record becomes tokens. `prepare_workers` 0 is one a core.
+
+    `group_by_image` brings samples about one picture into the same step, where `speed.share_prefix` makes use of it.
+    """
 
     template: str = "auto"
     train: list[SourceSettings] = field(default_factory=list)
     validation: list[SourceSettings] = field(default_factory=list)
     validation_fraction: float = 0.0
     max_length: int = 2048
+    group_by_image: bool = False
     exif_orientation: bool = False
     cache_dir: str = "runs/prepared"
     prepare_workers: int = 0
@@ -127,7 +131,25 @@ class OptimizationSettings:
     max_grad_norm: float = 1.0
     loss_normalization: Literal["tokens", "samples", "micro_batch"] = "tokens"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What makes a run faster and changes nothing of what it computes. See docs/performance.md.
+
+    `packing` puts samples end to end instead of padding them; `micro_batch_tokens` is the most that a micro-batch then
+    takes (null: `micro_batch_size` samples of the set's mean length). `share_prefix` computes a beginning that samples
+    of a micro-batch have in common, their picture with it, once. `attention` is that of packed rows.
+    """
+
+    packing: bool = True
+    micro_batch_tokens: int | None = None
+    share_prefix: bool = True
+    attention: Literal["auto", "blocks", "flex", "varlen", "dense"] = "auto"
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    fused_optimizer: bool = True
+    compile: bool = False
+    liger: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     tune: TuneSettings = field(default_factory=TuneSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
@@ -271,6 +294,11 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             recipe.engine.kind == "fsdp2" and optimization.precision == "fp16",
             ("optimization", "precision"),
             "fsdp2 has no loss scale for fp16; use bf16",
+        ),
+        (
+            not recipe.speed.packing and recipe.speed.micro_batch_tokens is not None,
+            ("speed", "micro_batch_tokens"),
+            "is for packed micro-batches; set speed.packing=true, or optimization.micro_batch_size instead",
         ),
         (not 0 <= tune.lora.dropout < 1, ("tune", "lora", "dropout"), "must be at least 0 and below 1"),
     ]

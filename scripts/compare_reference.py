@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from llava_train.data.batch import Batch, collate
+from llava_train.data.batch import Batch, batch_of
+from llava_train.data.collate import pack, pad
 from llava_train.data.encode import IGNORE
 from llava_train.data.pictures.images import build_image_processor, open_image, pixel_values
 from llava_train.errors import LlavaTrainError
 from llava_train.files import read_json
 from llava_train.model.assemble import join, llava_config, widths
+from llava_train.model.attention import use_packed_attention
 from llava_train.model.connectors import build_connector
 from llava_train.model.encoders import load_vision_tower, vision_shape
 from llava_train.model.llm import load_llm
@@ -42,7 +44,6 @@ class Tokenised(NamedTuple):
     """One record of the reference, as `collate` takes it."""
 
     id: str
-    place: str
     input_ids: np.ndarray
     labels: np.ndarray
 
@@ -84,36 +85,43 @@ def rows(folder: Path, records: list[dict[str, Any]], objective: Objective) -> t
             repeat = config.image_seq_length if token == ORIGINAL_IMAGE else 1
             ids += [config.image_token_id if token == ORIGINAL_IMAGE else token] * repeat
             labels += [IGNORE if token == ORIGINAL_IMAGE else label] * repeat
-        made.append(Tokenised(record["id"], "reference", np.array(ids), np.array(labels)))
+        made.append(Tokenised(record["id"], np.array(ids), np.array(labels)))
         name = images[record["id"]]
         pixels.append(pixel_values([open_image(folder / "images", name)], processor)[0] if name else None)
     return made, pixels
 
 
-def batch_of(made: list[Tokenised], pixels: list[Any]) -> Batch:
-    """One right-padded batch in which every supervised token counts alike."""
-    supervised = sum(int((row.labels[1:] != IGNORE).sum()) for row in made)
-    return collate(made, [1.0 / supervised] * len(made), [p for p in pixels if p is not None], pad_id=0)
+def one_batch(made: list[Tokenised], pixels: list[Any], packed: bool) -> Batch:
+    """One batch, padded or packed, in which every supervised token counts alike."""
+    weights = [1.0 / sum(int((row.labels[1:] != IGNORE).sum()) for row in made)] * len(made)
+    collated = pack([(0, [row]) for row in made], weights) if packed else pad(made, weights, pad_id=0)
+    return batch_of(collated, [p for p in pixels if p is not None], [row.id for row in made], {})
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """Differences for each template of `expected.json`."""
+    """Differences for each template of `expected.json`, with padded batches and with packed ones."""
     expected = read_json(folder / "expected.json")
     objective = build(folder, expected)
-    return {name: _compare_template(folder, name, part, objective) for name, part in expected.items()}
+    padded = {name: _compare_template(folder, name, part, objective, False) for name, part in expected.items()}
+    use_packed_attention(objective.model.model.language_model)
+    return padded | {
+        f"{name}_packed": _compare_template(folder, name, part, objective, True) for name, part in expected.items()
+    }
 
 
-def _compare_template(folder: Path, name: str, part: dict[str, Any], objective: Objective) -> dict[str, Any]:
+def _compare_template(
+    folder: Path, name: str, part: dict[str, Any], objective: Objective, packed: bool
+) -> dict[str, Any]:
     made, pixels = rows(folder, part["records"], objective)
     pixel_differences, loss_differences = [0.0], []
     for row, pixel, record in zip(made, pixels, part["records"]):
         with torch.no_grad():
-            loss = float(objective(batch_of([row], [pixel])))
+            loss = float(objective(one_batch([row], [pixel], packed)))
         loss_differences.append(abs(loss - record["loss"]) / record["loss"])
         if pixel is not None:
             pixel_differences.append(abs(float(pixel.mean()) - record["pixel_mean"]))
     objective.zero_grad()
-    loss = objective(batch_of(made, pixels))
+    loss = objective(one_batch(made, pixels, packed))
     loss.backward()
     gradients = load_file(folder / f"expected_{name}_projector_grads.safetensors")
     names = {"0": "linear_1", "2": "linear_2"}

@@ -212,7 +212,7 @@ def end_of(log: Path) -> str:
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "stall")} for row in rows]
 
 
 def difference(one: list[dict[str, float]], two: list[dict[str, float]]) -> float:

@@ -1,43 +1,58 @@
 """Micro-batch -> tensors, and the loader that brings them in the order of the plan.
 
-Shapes: B samples, T tokens (the longest of the batch), I images, 3 x H x W pixels.
+Shapes: B rows, T tokens, S supervised tokens, I images, 3 x H x W pixels; see `collate` for what a row is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_train.data.encode import IGNORE
+from llava_train.data.collate import Collated, pack, pad
+from llava_train.data.micro_batches import Cut, MicroBatch, deal
 from llava_train.data.pictures.images import AspectRatio, pixel_values, with_aspect_ratio
 from llava_train.data.pictures.media import Media, open_picture
-from llava_train.data.plan import MicroBatch, Plan, deal
+from llava_train.data.plan import Plan
 from llava_train.data.preparing.prepared import PreparedSet, Row
 from llava_train.data.sample import ImageRef
 from llava_train.errors import RecordError
 
+COUNTS = ("samples", "tokens", "supervised_tokens", "positions")
+"""What is counted of a batch: the first three without the weightless filling of an uneven step, `positions` all that
+the language model computes (padding counts, a shared beginning once)."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs, right-padded."""
+    """What one forward pass needs."""
 
     input_ids: torch.Tensor
     """(B, T)"""
-    attention_mask: torch.Tensor
-    """(B, T), 1 where a token stands"""
-    labels: torch.Tensor
-    """(B, T), unshifted, -100 where unsupervised"""
+    attention_mask: torch.Tensor | None
+    """(B, T), 1 where a token stands; None where all do (packed)"""
+    position_ids: torch.Tensor
+    """(B, T)"""
+    lengths: tuple[int, ...]
+    """Tokens of each stretch of a packed row"""
+    parents: tuple[int, ...]
+    """Number of the stretch that each one sees besides itself, -1: none"""
+    predictors: torch.Tensor
+    """(S,), index into the flattened (B, T) of what predicts each supervised token"""
+    targets: torch.Tensor
+    """(S,), the supervised tokens"""
     weights: torch.Tensor
-    """(B,), the weight of each supervised token of a sample in the step's loss"""
+    """(S,), their weights in the step's loss"""
     pixel_values: torch.Tensor | None
     """(I, 3, H, W) in reading order, or None for text only"""
     ids: tuple[str, ...]
     """id and place of each sample, for messages"""
+    counts: dict[str, int]
+    """See `COUNTS`"""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -81,56 +96,70 @@ class ImageReader:
         return self._shaped[aspect_ratio]
 
 
-class Tokens(Protocol):
-    """What `collate` needs of a row: both arrays (tokens,) int64, and what messages call it."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-    @property
-    def place(self) -> str: ...  # noqa: D102
-    @property
-    def input_ids(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def labels(self) -> np.ndarray: ...  # noqa: D102
-
-
-def collate(rows: Sequence[Tokens], weights: list[float], pixels: list[torch.Tensor], pad_id: int) -> Batch:
-    """Rows as right-padded tensors."""
-    length = max(len(row.input_ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    labels = torch.full((len(rows), length), IGNORE, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for index, row in enumerate(rows):
-        size = len(row.input_ids)
-        input_ids[index, :size] = torch.from_numpy(row.input_ids)
-        labels[index, :size] = torch.from_numpy(row.labels)
-        mask[index, :size] = 1
+def batch_of(collated: Collated, pixels: Sequence[torch.Tensor], ids: Sequence[str], counts: dict[str, int]) -> Batch:
+    """Arrays as tensors."""
+    mask = collated.attention_mask
     return Batch(
-        input_ids,
-        mask,
-        labels,
-        torch.tensor(weights, dtype=torch.float32),
-        torch.stack(pixels) if pixels else None,
-        tuple(f"{row.id} ({row.place})" for row in rows),
+        torch.from_numpy(collated.input_ids),
+        None if mask is None else torch.from_numpy(mask),
+        torch.from_numpy(collated.position_ids),
+        tuple(collated.lengths.tolist()),
+        tuple(collated.parents.tolist()),
+        torch.from_numpy(collated.predictors),
+        torch.from_numpy(collated.targets),
+        torch.from_numpy(collated.weights),
+        torch.stack(list(pixels)) if pixels else None,
+        tuple(ids),
+        counts,
     )
 
 
 class BatchReader:
     """Micro-batches of a prepared set, pixels included."""
 
-    def __init__(self, prepared: PreparedSet, reader: ImageReader, pad_id: int) -> None:
-        self.prepared, self.reader, self.pad_id = prepared, reader, pad_id
+    def __init__(self, prepared: PreparedSet, reader: ImageReader, pad_id: int, cut: Cut) -> None:
+        self.prepared, self.reader, self.pad_id, self.cut = prepared, reader, pad_id, cut
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
         """Tensors of one micro-batch; RecordError names the sample whose picture cannot be read any more."""
         rows = [self.prepared.row(sample) for sample in micro_batch.samples]
-        return collate(rows, list(micro_batch.weights), [p for row in rows for p in self._pixels(row)], self.pad_id)
+        if self.cut.budget is None:
+            groups = [(0, 0, [row]) for row in rows]
+            collated = pad(rows, micro_batch.weights, self.pad_id)
+        else:
+            groups = self._groups(rows, micro_batch.samples)
+            collated = pack([(prefix, members) for prefix, _, members in groups], micro_batch.weights)
+        pixels = [
+            picture
+            for _, shared, members in groups
+            for number, row in enumerate(members)
+            for picture in self._pixels(row, shared if number else 0)
+        ]
+        counts = _counts(rows, micro_batch.weights, collated)
+        return batch_of(collated, pixels, [f"{row.id} ({row.place})" for row in rows], counts)
 
-    def _pixels(self, row: Row) -> list[torch.Tensor]:
+    def _groups(self, rows: list[Row], samples: tuple[int, ...]) -> list[tuple[int, int, list[Row]]]:
+        """Neighbours that begin alike, with the number of tokens and of pictures they share."""
+        keys = self.prepared.sizes.prefix_keys[list(samples)].tolist()
+        names = [(key, 0 if key and self.cut.share else place) for place, key in enumerate(keys)]
+        groups = []
+        for _, members in groupby(zip(names, rows), lambda pair: pair[0]):
+            own = [row for _, row in members]
+            groups.append((own[0].prefix, own[0].prefix_images, own) if len(own) > 1 else (0, 0, own))
+        return groups
+
+    def _pixels(self, row: Row, shared: int) -> list[torch.Tensor]:
+        """The row's pictures without the first `shared`, which stand before it."""
         try:
-            return [self.reader.read(ref, row.media, row.aspect_ratio) for ref in row.images]
+            return [self.reader.read(ref, row.media, row.aspect_ratio) for ref in row.images[shared:]]
         except RecordError as error:
             raise error.of(f"{row.place} (id {row.id})") from error
+
+
+def _counts(rows: Sequence[Row], weights: Sequence[float], collated: Collated) -> dict[str, int]:
+    real = [row for row, weight in zip(rows, weights) if weight > 0]
+    tokens = sum(len(row.input_ids) for row in real)
+    return dict(zip(COUNTS, (len(real), tokens, int((collated.weights > 0).sum()), collated.input_ids.size)))
 
 
 class StepDataset(Dataset[list[Batch] | RecordError]):
@@ -139,25 +168,16 @@ class StepDataset(Dataset[list[Batch] | RecordError]):
     A picture that cannot be read any more is the item: a worker process could only raise it with its traceback.
     """
 
-    def __init__(self, reader: BatchReader, plan: Plan, place: tuple[int, int], micro: tuple[int, str]) -> None:
-        """`place` is (rank, world size), `micro` is (micro-batch size, loss normalization)."""
+    def __init__(self, reader: BatchReader, plan: Plan, rank: int, world_size: int) -> None:
         self.reader, self.plan = reader, plan
-        self.rank, self.world_size = place
-        self.micro_batch_size, self.normalization = micro
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return self.plan.total_steps
 
     def __getitem__(self, step: int) -> list[Batch] | RecordError:
-        prepared = self.reader.prepared
-        dealt = deal(
-            self.plan.step(step),
-            prepared.lengths,
-            prepared.supervised,
-            self.world_size,
-            self.micro_batch_size,
-            self.normalization,
-        )
+        sizes, cut = self.reader.prepared.sizes, self.reader.cut
+        dealt = deal(self.plan.step(step), sizes, self.world_size, cut)
         try:
             return [self.reader(micro_batch) for micro_batch in dealt[self.rank]]
         except RecordError as error:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_train.data.batch import Batch
-from llava_train.data.encode import IGNORE
+from llava_train.data.batch import COUNTS, Batch
 from llava_train.data.plan import Plan
 from llava_train.errors import StoppedError, TrainingError
 from llava_train.model.tuning import Group
@@ -66,6 +65,7 @@ def run_loop(
     """
     total, saver, watch = course.plan.total_steps, hooks.saver, hooks.watch
     watch.at(state.step + 1, "reading its samples")
+    ready = time.perf_counter()
     for micro_batches in course.steps:
         watch.at(state.step + 1, "forward and backward")
         started = time.perf_counter()
@@ -79,6 +79,7 @@ def run_loop(
             _require_finite("gradient norm", norm, state.step, micro_batches, hooks)
         engine.update([group.learning_rate * factor for group in groups])
         state.step += 1
+        finished = time.perf_counter()
         monitor.step(
             {
                 "step": state.step,
@@ -87,7 +88,8 @@ def run_loop(
                 "learning_rate": recipe.optimization.learning_rate * factor,
                 "grad_norm": norm,
                 **counts,
-                "seconds": time.perf_counter() - started,
+                "seconds": finished - started,
+                "stall": (started - ready) / (finished - ready),
             }
         )
         with watch.patient():
@@ -104,6 +106,7 @@ def run_loop(
                 saver.finish()
                 raise StoppedError(state.step, hooks.stop.number or signal.SIGTERM)
         watch.at(state.step + 1, "reading its samples")
+        ready = time.perf_counter()
     with watch.patient():
         saver.finish()
 
@@ -122,23 +125,12 @@ def _forward_backward(
             share = engine.module(batch.to(engine.ranks.device))
             engine.backward(share)
         shares.append(share.detach().double())
-    loss, *totals = engine.ranks.total([float(sum(shares)), *signs, *_count(micro_batches)])
+    counts = [sum(batch.counts[kind] for batch in micro_batches) for kind in COUNTS]
+    loss, *totals = engine.ranks.total([float(sum(shares)), *signs, *counts])
     if not math.isfinite(loss):
         blamed = [batch for batch, share in zip(micro_batches, shares) if not math.isfinite(share)]
         _require_finite("loss", loss, step, blamed, hooks)
-    counts = map(int, totals[len(signs) :])
-    return loss, totals[: len(signs)], dict(zip(("samples", "tokens", "supervised_tokens"), counts))
-
-
-def _count(micro_batches: list[Batch]) -> tuple[int, int, int]:
-    """Samples, tokens and supervised tokens, without the weightless filling of an uneven step."""
-    samples = tokens = supervised = 0
-    for batch in micro_batches:
-        real = batch.weights > 0
-        samples += int(real.sum())
-        tokens += int(batch.attention_mask[real].sum())
-        supervised += int((batch.labels[real, 1:] != IGNORE).sum())
-    return samples, tokens, supervised
+    return loss, totals[: len(signs)], dict(zip(COUNTS, map(int, totals[len(signs) :])))
 
 
 def _require_finite(what: str, value: float, step: int, micro_batches: list[Batch], hooks: Hooks) -> None:
@@ -164,6 +156,6 @@ def validation_loss(engine: Engine, batches: Iterator[Batch]) -> tuple[float, in
     with engine.evaluating() as module:
         for batch in batches:
             total += float(module(batch.to(engine.ranks.device)))
-            count += _count([batch])[2]
+            count += batch.counts["supervised_tokens"]
     total, counted = engine.ranks.total([total, count])
     return total / max(1.0, counted), int(counted)

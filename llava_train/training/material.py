@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
+from llava_train.data.micro_batches import Cut, MicroBatch, waste
 from llava_train.data.mixture import Mixture, Share, capped, mix
 from llava_train.data.pictures.media import Media
-from llava_train.data.plan import MicroBatch, Plan, padding_share
+from llava_train.data.plan import Plan
 from llava_train.data.preparing.prepare import prepare_set
 from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.data.preparing.source import Source
@@ -25,6 +26,7 @@ from llava_train.errors import DataError, RecipeError
 from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import model_folder
 from llava_train.model.connectors import connector_tokens
+from llava_train.model.costs import Costs
 from llava_train.model.encoders import load_vision_config, vision_shape
 from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.spec import MANIFEST, read_spec
@@ -192,32 +194,56 @@ def plan_of(recipe: Recipe, prepared: Prepared) -> Plan:
         optimization.epochs,
         optimization.max_steps,
         recipe.seed,
+        prepared.train.prefix_keys if recipe.data.group_by_image else None,
     )
+
+
+def cut_of(recipe: Recipe, prepared: PreparedSet, costs: Costs | None = None) -> Cut:
+    """How a step of a set is cut into micro-batches; `costs` of the model balance what ranks have to do.
+
+    Raises RecipeError where a sample is longer than a micro-batch may be.
+    """
+    size, normalization = recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization
+    if not recipe.speed.packing:
+        return Cut(size, normalization)
+    longest, budget = int(prepared.lengths.max()), recipe.speed.micro_batch_tokens
+    if budget is not None and budget < longest:
+        raise RecipeError(f"speed.micro_batch_tokens: {budget} is less than the longest sample has, {longest} tokens")
+    budget = budget or max(longest, math.ceil(size * float(prepared.lengths.mean())))
+    costly = (costs.pair_in_tokens, costs.image_in_tokens) if costs else (0.0, 0.0)
+    return Cut(size, normalization, budget, recipe.speed.share_prefix, *costly)
 
 
 def padding_of(recipe: Recipe, prepared: Prepared) -> dict[str, float]:
-    """Share of positions that are padding: steps cut as they come (`random`), as dealt (`planned`), the difference."""
-    shares = padding_share(
-        plan_of(recipe, prepared),
-        prepared.train.lengths,
-        prepared.train.supervised,
-        recipe.optimization.micro_batch_size,
-    )
+    """Share of positions that are padding: steps cut as they come (`random`), by length (`planned`), the difference
+    (`avoided`); and the positions that the recipe's own cut computes for each token (`packed`)."""
+    shares = waste(plan_of(recipe, prepared), prepared.train.sizes, cut_of(recipe, prepared.train))
     return {**shares, "avoided": shares["random"] - shares["planned"]}
 
 
-def course_of(recipe: Recipe, assembly: Assembly, prepared: Prepared, ranks: Ranks, first_step: int) -> Course:
+def readers_of(
+    recipe: Recipe, assembly: Assembly, prepared: Prepared, costs: Costs | None
+) -> tuple[BatchReader, BatchReader | None]:
+    """What reads micro-batches of the training set, and of the validation set if there is one."""
+    images, pad_id = ImageReader(assembly.image_processor), int(assembly.tokenizer.pad_token_id)
+    cut = cut_of(recipe, prepared.train, costs)
+    held_out = prepared.validation
+    return (
+        BatchReader(prepared.train, images, pad_id, cut),
+        BatchReader(held_out, images, pad_id, cut) if held_out is not None else None,
+    )
+
+
+def course_of(
+    recipe: Recipe, assembly: Assembly, prepared: Prepared, costs: Costs | None, ranks: Ranks, first_step: int
+) -> Course:
     """The plan of a run with its batches from `first_step` on, for this rank."""
     plan = plan_of(recipe, prepared)
-    pad_id = int(assembly.tokenizer.pad_token_id)
-    images = ImageReader(assembly.image_processor)
-    micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
-    reader = BatchReader(prepared.train, images, pad_id)
-    dataset = StepDataset(reader, plan, (ranks.rank, ranks.world_size), micro)
+    reader, held_out = readers_of(recipe, assembly, prepared, costs)
+    dataset = StepDataset(reader, plan, ranks.rank, ranks.world_size)
     steps = load_steps(dataset, first_step, recipe.data.num_workers, shield_worker)
-    if prepared.validation is None:
+    if held_out is None:
         return Course(plan, steps, None)
-    held_out = BatchReader(prepared.validation, images, pad_id)
     mine = _shares(prepared.validation_rows.tolist(), recipe.optimization.micro_batch_size, ranks)
     return Course(plan, steps, lambda: map(held_out, mine))
 

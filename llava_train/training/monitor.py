@@ -16,6 +16,8 @@ from llava_train.files import write_whole
 from llava_train.recipe import Recipe
 
 METRICS = "metrics.jsonl"
+CLOCK = ("seconds", "stall")
+"""Keys of a row that differ between two runs that are the same."""
 
 
 def say(message: str) -> None:

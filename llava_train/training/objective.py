@@ -1,70 +1,108 @@
 """Model + batch -> loss: one weighted sum over supervised tokens, exact under any cut into micro-batches.
 
-Shapes: B samples, T tokens, D LLM width, S supervised positions, V vocabulary.
+Shapes: B rows, T columns, D LLM width, S supervised tokens, V vocabulary, I images, P positions of one.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.data.batch import Batch
-from llava_train.data.encode import IGNORE
+from llava_train.model.attention import Layout
+from llava_train.model.vision import feature_shape, image_features
+
+LOGITS_BYTES = 2**28
+"""Logits that are in memory at a time, in float32."""
+
+Blank = Literal["nothing", "features", "pixels"]
+"""What a micro-batch of text alone sends through the connector, times zero; see `Objective`."""
 
 
 class Objective(nn.Module):
-    """The model with its loss as one module, so that DDP and DeepSpeed wrap both together."""
+    """The model with its loss as one module, so that DDP and DeepSpeed wrap both together.
 
-    def __init__(self, model: LlavaForConditionalGeneration, always_look: bool = False) -> None:
-        """`always_look` runs the tower for text alone even where nothing of it trains: see `_embeddings`."""
+    Without a picture, connector and tower get no gradient from a micro-batch, and ranks that wait for one hang; where
+    weights are spread over ranks (ZeRO-3, FSDP2), a rank that does not gather those of the tower keeps the others
+    waiting. So such a micro-batch is given a blank one times zero: blank features where only the connector trains,
+    blank pixels where the tower trains or is spread. Both go the way of pictures, module by module: ZeRO reduces
+    gradients, and fetches weights ahead, in the order in which modules were used, and ranks whose order differs would
+    add up gradients of different weights or wait for one another.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, shards_weights: bool = False, attention: str = "auto"
+    ) -> None:
+        """`attention` names one of `llava_train.model.attention.ATTENTIONS` for packed batches, or is "auto"."""
         super().__init__()
-        self.model = model
-        sides = (model.model.vision_tower, model.model.multi_modal_projector)
-        self.looks = always_look or any(p.requires_grad for side in sides for p in side.parameters())
+        self.model, self.attention = model, attention
+        trained = {
+            "features": any(p.requires_grad for p in model.model.multi_modal_projector.parameters()),
+            "pixels": shards_weights or any(p.requires_grad for p in model.model.vision_tower.parameters()),
+        }
+        self.blank: Blank = "pixels" if trained["pixels"] else "features" if trained["features"] else "nothing"
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""
-        nll_S, rows_S = token_losses(self.model, batch, self.looks)
-        return (nll_S * batch.weights[rows_S]).sum()
+        return (token_losses(self.model, batch, self.blank, self.attention) * batch.weights).sum()
 
 
 def token_losses(
-    model: LlavaForConditionalGeneration, batch: Batch, looks: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihoods of the supervised tokens (S,) and the row of the batch each is in (S,).
-
-    Only supervised positions reach the LM head: at LLaVA's lengths that is one in five, and the logits of
-    the rest would be thrown away.
-    """
+    model: LlavaForConditionalGeneration, batch: Batch, blank: Blank = "nothing", attention: str = "auto"
+) -> torch.Tensor:
+    """Negative log-likelihoods of the supervised tokens, (S,)."""
+    layout = Layout(batch.lengths, batch.parents, batch.input_ids.device, attention) if batch.lengths else None
     hidden_BTD = model.model(
-        inputs_embeds=_embeddings(model, batch, looks), attention_mask=batch.attention_mask, use_cache=False
+        inputs_embeds=_embeddings(model, batch, blank),
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **({"layout": layout} if layout else {}),
     ).last_hidden_state
-    targets = batch.labels[:, 1:]
-    rows_S, columns_S = (targets != IGNORE).nonzero(as_tuple=True)
-    logits_SV = model.lm_head(hidden_BTD[rows_S, columns_S]).float()
-    return cross_entropy(logits_SV, targets[rows_S, columns_S], reduction="none"), rows_S
+    return _nll(model.lm_head, hidden_BTD.flatten(0, 1).index_select(0, batch.predictors), batch.targets)
 
 
-def _embeddings(model: LlavaForConditionalGeneration, batch: Batch, looks: bool) -> torch.Tensor:
-    """What the language model reads, (B, T, D): embedded ids with the features of pictures in their places.
+def _nll(head: nn.Linear, hidden_SD: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods (S,). Only what predicts a supervised token reaches the head: at LLaVA's lengths that is
+    one in five. More logits than `LOGITS_BYTES` are made part by part, and made again in the backward pass."""
+    size = max(1, LOGITS_BYTES // (4 * head.out_features))
+    if len(targets_S) <= size:
+        return _part_nll(head, hidden_SD, targets_S)
+    parts = zip(hidden_SD.split(size), targets_S.split(size))
+    return torch.cat([checkpoint(_part_nll, head, *part, use_reentrant=False) for part in parts])
 
-    Where the model `looks`, text alone is given a blank picture times zero. Without it connector and tower get no
-    gradient from such a micro-batch, and ranks that wait for one hang; where weights are spread over ranks (ZeRO-3,
-    FSDP2), a rank that does not gather those of the tower keeps the others waiting. Both go the same way, module by
-    module: ZeRO reduces gradients, and fetches weights ahead, in the order in which modules were used, and ranks whose
-    order differs would add up gradients of different weights or wait for one another.
-    """
+
+def _part_nll(head: nn.Linear, hidden_SD: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(head(hidden_SD).float(), targets_S, reduction="none")
+
+
+def _embeddings(model: LlavaForConditionalGeneration, batch: Batch, blank: Blank) -> torch.Tensor:
+    """What the language model reads, (B, T, D): embedded ids with the features of pictures in their places."""
     embeddings_BTD = model.get_input_embeddings()(batch.input_ids)
-    pixels = batch.pixel_values
-    if pixels is None and looks:
-        size = model.config.vision_config.image_size
-        pixels = torch.zeros(1, 3, size, size, device=embeddings_BTD.device, dtype=embeddings_BTD.dtype)
-    if pixels is None:
+    features_IPV = _features(model, batch, blank, embeddings_BTD)
+    if features_IPV is None:
         return embeddings_BTD
-    features = torch.cat(model.model.get_image_features(pixels).pooler_output).to(embeddings_BTD.dtype)
+    features = model.model.multi_modal_projector(features_IPV).to(embeddings_BTD.dtype)
     if batch.pixel_values is None:
         return embeddings_BTD + 0.0 * features.sum()
     places_BT1 = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
     return embeddings_BTD.masked_scatter(places_BT1, features)
+
+
+def _features(
+    model: LlavaForConditionalGeneration, batch: Batch, blank: Blank, like: torch.Tensor
+) -> torch.Tensor | None:
+    """What the connector reads, (I, P, V), or None where it need not."""
+    if batch.pixel_values is not None:
+        return image_features(model, batch.pixel_values)
+    if blank == "nothing":
+        return None
+    if blank == "pixels":
+        size = model.config.vision_config.image_size
+        return image_features(model, like.new_zeros(1, 3, size, size))
+    return like.new_zeros(1, *feature_shape(model))

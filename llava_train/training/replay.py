@@ -19,14 +19,15 @@ import torch
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from llava_train.data.batch import Batch, BatchReader, ImageReader, StepDataset, load_steps
-from llava_train.data.plan import MicroBatch
+from llava_train.data.batch import Batch, StepDataset, load_steps
+from llava_train.data.micro_batches import MicroBatch
 from llava_train.errors import RecipeError, RecordError, TrainingError
 from llava_train.files import read_json
 from llava_train.model.tuning import PARTS, part_of
 from llava_train.recipe import EngineSettings, Recipe, load_recipe
 from llava_train.training.engines.ranks import join_ranks
 from llava_train.training.failure import FOLDER
+from llava_train.training.material import readers_of
 from llava_train.training.monitor import METRICS, read_rows, say
 from llava_train.training.origin import first_backward, first_module
 from llava_train.training.run import RECIPE
@@ -140,10 +141,8 @@ class _Replay:
         self.engine, self.model, self.begun = setup.engine, setup.assembly.model, setup.state.step
         self.failures = [read_json(path) for path in _failures(folder, step)]
         world_size = 1 + max((int(each["rank"]) for each in self.failures), default=0)
-        images = ImageReader(setup.assembly.image_processor)
-        self.reader = BatchReader(setup.prepared.train, images, int(setup.assembly.tokenizer.pad_token_id))
-        micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
-        self.dataset = EveryRank(self.reader, setup.plan, (0, world_size), micro)
+        self.reader, _ = readers_of(recipe, setup.assembly, setup.prepared, setup.costs)
+        self.dataset = EveryRank(self.reader, setup.plan, 0, world_size)
 
     def look(self) -> Found:
         """Make the steps before again, then look."""
@@ -210,7 +209,7 @@ class _Replay:
         loss.backward()  # without the loss scale of fp16: an overflow of scaled gradients stops no run
         value, norm = float(loss.detach()), float(get_total_norm([grad for _, grad in self._grads()]))
         finite = math.isfinite(value) and math.isfinite(norm)
-        return Look(batch.ids[0], finite, value, norm, int(batch.attention_mask.sum()), supervised)
+        return Look(batch.ids[0], finite, value, norm, batch.counts["tokens"], supervised)
 
     def _grads(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, weight.grad) for name, weight in self.engine.trained.items() if weight.grad is not None]

@@ -74,7 +74,7 @@ def _open(recipe: Recipe, ranks: Ranks, folder: Path, mirror: Mirror, fresh: boo
 
 def _train(recipe: Recipe, setup: Setup, folder: Path, mirror: Mirror, watch: Watch) -> None:
     state, engine, ranks = setup.state, setup.engine, setup.engine.ranks
-    course = course_of(recipe, setup.assembly, setup.prepared, ranks, state.step)
+    course = course_of(recipe, setup.assembly, setup.prepared, setup.costs, ranks, state.step)
     monitor = Monitor(recipe, folder, setup.plan.total_steps, state.step, ranks.is_main)
     saver = Saver(folder, engine, recipe.checkpoint, partial(state_facts, setup), mirror)
     keep_best = partial(_write_model, setup, folder / "best")

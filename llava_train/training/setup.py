@@ -13,7 +13,9 @@ from llava_train.data.pictures.images import build_image_processor
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
 from llava_train.model.assemble import Assembly, assemble, with_spec
+from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
+from llava_train.model.costs import Costs, costs_of
 from llava_train.model.encoders import load_vision_config, vision_shape
 from llava_train.model.llm import load_tokenizer
 from llava_train.model.tuning import Group, apply_tuning, parameter_groups, planned_dtypes, tuning_table
@@ -37,6 +39,7 @@ class Setup:
         assembly: the model with what belongs to it; its weights may be spread over ranks.
         layout: what of it a model folder holds.
         table: what trains, for the start.
+        costs: FLOPs of the model's parts.
         identity: what must not change on resume.
         state: where the run stands.
     """
@@ -49,6 +52,7 @@ class Setup:
     table: str
     prepared: Prepared
     plan: Plan
+    costs: Costs
     identity: dict[str, Any]
     state: RunState
 
@@ -73,16 +77,18 @@ def set_up(
     if checkpoint is not None:
         require_same_run(checkpoint, identity, allowed)
     groups = parameter_groups(assembly.model, recipe.tune, recipe.optimization)
+    costs = costs_of(assembly.model)
     planned = planned_dtypes(assembly.model, recipe.optimization.precision)
     engine, why = make_engine(recipe, ranks, _load(assembly, planned))
     dtypes = engine.dtypes(planned)
     layout = own_layout(assembly, dtypes)
     table = tuning_table(assembly.model, recipe.tune, groups, dtypes)
-    objective = Objective(assembly.model, engine.shards_weights).train()
+    objective = Objective(assembly.model, engine.shards_weights, recipe.speed.attention).train()
     engine.place(objective, dtypes)
     engine.attach(objective, groups, recipe.optimization)
     state = load_state(checkpoint, engine, groups) if checkpoint is not None else RunState()
-    return Setup(engine, why, assembly, layout, groups, table, prepared, plan_of(recipe, prepared), identity, state)
+    plan = plan_of(recipe, prepared)
+    return Setup(engine, why, assembly, layout, groups, table, prepared, plan, costs, identity, state)
 
 
 def build(recipe: Recipe) -> Assembly:
@@ -105,8 +111,8 @@ def build(recipe: Recipe) -> Assembly:
 
 def _tuned(recipe: Recipe, assembly: Assembly) -> Assembly:
     """Mark what trains; the parts that train in full become the model's own."""
-    if recipe.optimization.gradient_checkpointing:
-        assembly.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.speed.packing:
+        use_packed_attention(assembly.model.model.language_model)
     lora = apply_tuning(assembly.model, recipe.tune, recipe.seed)
     spec = assembly.spec
     return with_spec(
@@ -142,7 +148,7 @@ def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[
 def constants_of(recipe: Recipe) -> dict[str, Any]:
     """Keys of a recipe without those that say where it runs, what it reports and how often it saves."""
     values = recipe.to_dict()
-    for free in ("name", "output", "engine", "checkpoint", "monitor"):
+    for free in ("name", "output", "speed", "engine", "checkpoint", "monitor"):
         values.pop(free)
     for free in ("cache_dir", "prepare_workers", "num_workers"):
         values["data"].pop(free)

@@ -13,9 +13,10 @@ from PIL import Image
 
 from llava_train import load_recipe, prepare
 from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
+from llava_train.data.micro_batches import Cut, MicroBatch
 from llava_train.data.mixture import Mixture
 from llava_train.data.pictures.images import build_image_processor
-from llava_train.data.plan import MicroBatch, Plan
+from llava_train.data.plan import Plan
 from llava_train.errors import RecordError
 from tests import tiny
 
@@ -88,7 +89,7 @@ def read(workplace: Path, *sources: dict[str, Any]) -> tuple[Any, BatchReader]:
     recipe = tiny.make_recipe(workplace, data__train=list(sources), data__validation_fraction=0, data__template="plain")
     prepared = prepare(load_recipe(recipe)).train
     processor = build_image_processor(str(workplace / "vision"), "pad", 28)
-    return prepared, BatchReader(prepared, ImageReader(processor), pad_id=0)
+    return prepared, BatchReader(prepared, ImageReader(processor), 0, Cut(3))
 
 
 def whole(reader: BatchReader, count: int = 3) -> Any:
@@ -103,7 +104,7 @@ def test_every_container_gives_the_same_tensors(workplace: Path, way: str) -> No
     _, expected = read(workplace, as_llava(folder, content))
     _, reader = read(workplace, WAYS[way](folder, content))
     one, two = whole(expected), whole(reader)
-    for name in ("input_ids", "labels", "attention_mask", "pixel_values"):
+    for name in ("input_ids", "attention_mask", "predictors", "targets", "weights", "pixel_values"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
@@ -153,7 +154,7 @@ def test_a_picture_that_vanished_while_training_is_named(workplace: Path, worker
     (workplace / "data" / "1.png").unlink()
     plan = Plan.of(Mixture.whole(3), 3, 1, None, 0)
     with pytest.raises(RecordError, match=r"llava\.json\[1\] \(id .*\): .*1\.png: no such image") as caught:
-        next(load_steps(StepDataset(reader, plan, (0, 1), (3, "tokens")), 0, workers))
+        next(load_steps(StepDataset(reader, plan, 0, 1), 0, workers))
     assert "Traceback" not in str(caught.value)
 
 

@@ -1,13 +1,14 @@
+import itertools
 import random
 import time
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_train.data.mixture import Mixture
-from llava_train.data.plan import Plan, deal, padding_share
+from llava_train.data.micro_batches import Cut, Sizes, deal
+from llava_train.data.mixture import Mixture, Part
+from llava_train.data.plan import Plan, gathered
 
 
 @given(samples=st.integers(1, 200), batch=st.integers(1, 64), seed=st.integers(0, 5), epoch=st.integers(0, 3))
@@ -20,39 +21,35 @@ def test_every_sample_once_an_epoch(samples: int, batch: int, seed: int, epoch: 
 
 
 @given(
-    samples=st.integers(1, 40),
-    world=st.integers(1, 5),
-    micro=st.integers(1, 9),
-    normalization=st.sampled_from(["tokens", "samples", "micro_batch"]),
+    groups=st.lists(st.integers(0, 6), min_size=1, max_size=60),
+    repeat=st.integers(1, 3),
+    batch=st.integers(1, 16),
+    epoch=st.integers(0, 2),
 )
 @settings(deadline=None, max_examples=80)
-def test_dealing_keeps_samples_counts_and_weights(samples: int, world: int, micro: int, normalization: str) -> None:
-    rng = np.random.default_rng(samples)
-    lengths, supervised = rng.integers(5, 90, samples), rng.integers(1, 5, samples)
-    dealt = deal(range(samples), lengths, supervised, world, micro, normalization)
-    assert len({len(batches) for batches in dealt}) == 1
-    flat = [batch for batches in dealt for batch in batches]
-    assert all(len(batch.samples) <= micro for batch in flat)
-    real = [(s, w) for batch in flat for s, w in zip(batch.samples, batch.weights) if w]
-    assert sorted(s for s, _ in real) == list(range(samples))
-    # Whatever the normalisation, a loss of 1 at every token is a loss of 1.
-    assert sum(w * supervised[s] for s, w in real) == pytest.approx(1.0)
+def test_grouping_keeps_every_sample_and_brings_groups_together(
+    groups: list[int], repeat: int, batch: int, epoch: int
+) -> None:
+    numbers = np.array(groups)
+    mixture = Mixture((Part(np.arange(len(groups)), repeat * len(groups)),))
+    plain, grouped = (Plan.of(mixture, batch, 3, None, 1, each) for each in (None, numbers))
+    first = epoch * plain.steps_per_epoch
+    steps = range(first, first + plain.steps_per_epoch)
+    before, after = ([row for step in steps for row in plan.step(step)] for plan in (plain, grouped))
+    assert sorted(before) == sorted(after)
+    for number in set(groups) - {0}:
+        size = groups.count(number)
+        places = [place for place, row in enumerate(after) if groups[row] == number]
+        runs = 1 + sum(b - a > 1 for a, b in itertools.pairwise(places))
+        assert len(places) == size * repeat and runs <= repeat  # the second pass over a group is a group of its own
+    if not any(groups):
+        assert before == after
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "samples"])
-def test_weights_do_not_depend_on_the_cut(normalization: str) -> None:
-    lengths, supervised = np.arange(10, 30), np.arange(1, 21)
-    weights = [
-        {
-            s: w
-            for batches in deal(range(20), lengths, supervised, world, micro, normalization)
-            for b in batches
-            for s, w in zip(b.samples, b.weights)
-            if w
-        }
-        for world, micro in ((1, 20), (1, 3), (4, 2))
-    ]
-    assert weights[0] == weights[1] == weights[2]
+def test_grouping_moves_no_sample_that_is_alone() -> None:
+    rows = np.array([4, 2, 0, 3, 1])
+    assert gathered(rows, np.array([0, 7, 0, 0, 7])).tolist() == [4, 1, 2, 0, 3]
+    assert gathered(np.array([1, 1, 4]), np.array([0, 7, 0, 0, 7])).tolist() == [1, 4, 1]
 
 
 def test_steps_depend_on_seed_and_batch_alone() -> None:
@@ -66,28 +63,16 @@ def test_steps_depend_on_seed_and_batch_alone() -> None:
     assert Plan.of(Mixture.whole(100), 8, 2, 5, 1).total_steps == 5
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "samples", "micro_batch"])
-def test_a_sample_that_comes_twice_in_a_step_counts_twice(normalization: str) -> None:
-    lengths, supervised = np.array([9, 5, 7]), np.array([4, 2, 3])
-    (batches,) = deal([0, 1, 2, 0], lengths, supervised, 1, 2, normalization)
-    assert sorted(s for batch in batches for s in batch.samples) == [0, 0, 1, 2]
-    assert sum(w * supervised[s] for b in batches for s, w in zip(b.samples, b.weights)) == pytest.approx(1.0)
-
-
-def test_planned_padding_is_less_than_random() -> None:
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(int) + 1
-    shares = padding_share(Plan.of(Mixture.whole(512), 128, 1, None, 0), lengths, lengths, 16)
-    assert 0 < shares["planned"] < shares["random"] < 1
-    assert padding_share(Plan.of(Mixture.whole(8), 8, 1, None, 0), np.full(8, 5), np.full(8, 1), 3)["planned"] == 0
-
-
 def test_any_step_of_665_thousand_records_is_found_at_once() -> None:
-    """A resumed run seeks, whatever step it goes on from (CPU time: the machine may be busy)."""
+    """A resumed run seeks, whatever step it goes on from, and packs it (CPU time: the machine may be busy)."""
     records = 665_298
     lengths = np.random.default_rng(0).integers(20, 2048, records)
+    groups = np.random.default_rng(1).integers(0, records // 2, records)
+    sizes = Sizes(lengths, lengths // 5, groups > 0, lengths // 3, groups > 0, groups)
+    cut = Cut(16, "tokens", 16 * 1034, True, 1e-4, 20.0)
     steps = Plan.of(Mixture.whole(records), 128, 3, None, 42).total_steps
-    for step in (0, steps - 1, *(random.Random(0).sample(range(steps), 6))):
-        plan = Plan.of(Mixture.whole(records), 128, 3, None, 42)
+    for step in (0, steps - 1, *random.Random(0).sample(range(steps), 4)):
+        plan = Plan.of(Mixture.whole(records), 128, 3, None, 42, groups)
         started = time.process_time()
-        deal(plan.step(step), lengths, lengths // 5, 8, 16, "tokens")
+        deal(plan.step(step), sizes, 8, cut)
         assert time.process_time() - started < 2

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_train import load_recipe, train
 from llava_train.cli import main
-from llava_train.data.batch import BatchReader, ImageReader, load_steps
+from llava_train.data.batch import load_steps
 from llava_train.errors import TrainingError
 from llava_train.files import read_json, write_json
 from llava_train.training import replay, run
 from llava_train.training.engines.ranks import Ranks
-from llava_train.training.material import course_of, plan_of, prepare
+from llava_train.training.material import course_of, plan_of, prepare, readers_of
 from llava_train.training.setup import build
 from tests import tiny
 
@@ -183,10 +183,10 @@ def test_a_run_of_several_ranks(finished: Path) -> None:
     """One loader brings what each rank had, rank after rank."""
     recipe = load_recipe(finished / "recipe.yaml")
     assembly, sets = build(recipe), prepare(recipe)
-    ranks = [course_of(recipe, assembly, sets, Ranks(rank, 3, torch.device("cpu")), 1).steps for rank in range(3)]
-    reader = BatchReader(sets.train, ImageReader(assembly.image_processor), 0)
-    micro = (recipe.optimization.micro_batch_size, recipe.optimization.loss_normalization)
-    steps = load_steps(replay.EveryRank(reader, plan_of(recipe, sets), (0, 3), micro), 3, 0)
+    places = [Ranks(rank, 3, torch.device("cpu")) for rank in range(3)]
+    ranks = [course_of(recipe, assembly, sets, None, place, 1).steps for place in places]
+    reader, _ = readers_of(recipe, assembly, sets, None)
+    steps = load_steps(replay.EveryRank(reader, plan_of(recipe, sets), 0, 3), 3, 0)
     for index in range(7 * 3):
         assert [batch.ids for batch in next(steps)] == [batch.ids for batch in next(ranks[index % 3])]
     assert next(steps, None) is None

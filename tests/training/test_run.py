@@ -7,17 +7,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_train import load_recipe, train
+from llava_train.data.batch import COUNTS
 from llava_train.errors import CheckpointError, LlavaTrainError, RecipeError, StorageError, TrainingError
 from llava_train.model.checkpoint import WEIGHTS
-from llava_train.training.monitor import read_rows
+from llava_train.training.monitor import CLOCK, read_rows
 from tests import tiny
 
-ROW = {"step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "tokens", "supervised_tokens", "seconds"}
+ROW = {"step", "epoch", "loss", "learning_rate", "grad_norm", *COUNTS, *CLOCK}
 
 
 def rows_of(folder: Path) -> list[dict]:
     """Rows without the wall time, which no run repeats."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
 
 
 class StoppedError(Exception):
@@ -180,7 +181,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate has f
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=GPU)])
-@pytest.mark.parametrize("overrides", [[], ["optimization.gradient_checkpointing=true"], ["tune.vision.mode=full"]])
+@pytest.mark.parametrize("overrides", [[], ["speed.recompute=full"], ["tune.vision.mode=full"]])
 def test_precisions_and_recompute_train(workplace: Path, precision: str, overrides: list[str]) -> None:
     recipe = load_recipe(tiny.make_recipe(workplace), [f"optimization.precision={precision}", *overrides])
     losses = [row["loss"] for row in rows_of(train(recipe)) if "loss" in row]
@@ -188,7 +189,7 @@ def test_precisions_and_recompute_train(workplace: Path, precision: str, overrid
 
 
 def test_recompute_changes_nothing(workplace: Path, finished: Path) -> None:
-    recipe = load_recipe(tiny.make_recipe(workplace), ["optimization.gradient_checkpointing=true"])
+    recipe = load_recipe(tiny.make_recipe(workplace), ["speed.recompute=full"])
     losses = [row["loss"] for row in rows_of(train(recipe)) if "loss" in row]
     expected = [row["loss"] for row in rows_of(finished) if "loss" in row]
     assert losses == pytest.approx(expected, rel=1e-5)

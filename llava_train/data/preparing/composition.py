@@ -22,7 +22,7 @@ def statistics(prepared: PreparedSet) -> dict[str, Any]:
     """
     lengths, supervised = prepared.lengths, prepared.supervised
     truncated = prepared.column("truncated")
-    pictures, rejected = _counts(prepared, "images"), _counts(prepared, "rejected_input_ids")
+    pictures, rejected = prepared.counts("images"), prepared.counts("rejected_input_ids")
     total = int(lengths.sum())
     per_source = []
     for number in range(len(prepared.info["sources"])):
@@ -55,13 +55,6 @@ def statistics(prepared: PreparedSet) -> dict[str, Any]:
         ],
         "by_source": per_source,
     }
-
-
-def _counts(prepared: PreparedSet, name: str) -> np.ndarray:
-    """Lengths of a column of lists, (samples,)."""
-    import pyarrow.compute as pc
-
-    return np.asarray(pc.list_value_length(prepared.table.data.column(name)).to_numpy()[prepared.kept_rows])
 
 
 def composition_table(info: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, sweep, write_json
 from llava_train.storage import Identities, is_remote
 
-_VERSION = 2
+_VERSION = 3
 
 
 def prepare_set(

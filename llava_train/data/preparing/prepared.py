@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llava_train.data.encode import expand
+from llava_train.data.micro_batches import Sizes
 from llava_train.data.pictures.images import AspectRatio
 from llava_train.data.pictures.media import Media, located
 from llava_train.data.sample import ImageRef
@@ -28,6 +30,7 @@ class Row:
         input_ids, labels: expanded, (tokens,) int64; labels unshifted, -100 where unsupervised.
         images: its pictures in reading order; `media` says how the source lets them be read.
         image_tokens: tokens of each picture.
+        prefix: tokens up to the last picture before the first answer; `prefix_images` pictures are in them.
         source: name of its source.
         aspect_ratio: how its pictures are brought to the encoder's shape, None: as the model's processor does.
     """
@@ -39,6 +42,8 @@ class Row:
     labels: np.ndarray
     images: tuple[ImageRef, ...]
     image_tokens: tuple[int, ...]
+    prefix: int
+    prefix_images: int
     media: Media
     aspect_ratio: AspectRatio | None
 
@@ -70,6 +75,8 @@ def as_row(values: dict[str, Any], origin: Origin, image_token_id: int) -> Row:
         labels,
         tuple(located(ImageRef(**image), origin.container, origin.blobs) for image in values["images"]),
         tuple(values["image_tokens"]),
+        values["prefix"],
+        values["prefix_images"],
         origin.media,
         origin.aspect_ratio,
     )
@@ -127,6 +134,31 @@ class PreparedSet:
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, (samples,)."""
         return np.asarray(self.table.data.column(name).to_numpy()[self.kept_rows])
+
+    def counts(self, name: str) -> np.ndarray:
+        """Lengths of a column of lists, (samples,)."""
+        import pyarrow.compute as pc
+
+        return np.asarray(pc.list_value_length(self.table.data.column(name)).to_numpy()[self.kept_rows])
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What cutting steps into micro-batches knows of each sample."""
+        prefixes, pictures = self.column("prefix"), self.column("prefix_images")
+        return Sizes(self.lengths, self.supervised, self.counts("images"), prefixes, pictures, self.prefix_keys)
+
+    @cached_property
+    def prefix_keys(self) -> np.ndarray:
+        """Equal where samples begin with the same tokens and pictures, 0 where there are none, (samples,) int64.
+
+        A row's own hash says nothing of where its source's pictures lie and how they are read.
+        """
+        sources = self.info["sources"]
+        media = [json.dumps([source["media"], source["aspect_ratio"]], sort_keys=True) for source in sources]
+        read_alike = np.unique(media, return_inverse=True)[1][self.source_of]
+        own = self.column("prefix_key")
+        pairs = np.rec.fromarrays([own, read_alike])
+        return np.where(own == 0, 0, np.unique(pairs, return_inverse=True)[1] + 1)
 
     @cached_property
     def lengths(self) -> np.ndarray:

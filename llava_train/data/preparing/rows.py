@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 
 from llava_train.data.encode import Encoded, Encoder, encode_many, with_rejected
@@ -36,12 +37,16 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("supervised", pa.int32()),
         ("truncated", pa.int32()),
+        ("prefix", pa.int32()),
+        ("prefix_images", pa.int32()),
+        ("prefix_key", pa.uint64()),
         ("identity", pa.uint64()),
         ("content", pa.uint64()),
     ]
 )
 """A row: `at` is the record's place behind the file's name; `image_sizes` are width and height in turn; `spans` are
-start and end in turn; `identity` and `content` are hashes of the id and of the conversation, to find doubles."""
+start and end in turn; `prefix` is the number of tokens up to the last of the `prefix_images` before the first answer,
+`prefix_key` a hash of both; `identity` and `content` are hashes of the id and of the conversation, to find doubles."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ def rows_of(entries: Sequence[tuple[Any, str]], path: str, job: Job, keep: Keepe
         if isinstance(result, RecordError):
             made.faults.append(Fault(at, sample.id, result.cause, str(result)))
         else:
-            made.rows.append(_row(at, sample, picture_sizes, _content(sample, path, job), *result))
+            hashes = {"content": _content(sample, path, job), **_prefix(sample, path, job, result[0])}
+            made.rows.append(_row(at, sample, picture_sizes, hashes, *result))
     made.faults.sort(key=lambda fault: order[fault.at])
     return made
 
@@ -187,7 +193,12 @@ def _encode_safely(samples: list[Sample], encoder: Encoder) -> list[Encoded | Re
 
 
 def _row(
-    at: str, sample: Sample, picture_sizes: list[int], content: int, chosen: Encoded, rejected: Encoded | None
+    at: str,
+    sample: Sample,
+    picture_sizes: list[int],
+    hashes: dict[str, int],
+    chosen: Encoded,
+    rejected: Encoded | None,
 ) -> dict[str, Any]:
     return {
         "id": sample.id,
@@ -206,8 +217,19 @@ def _row(
         "supervised": chosen.supervised,
         "truncated": chosen.truncated,
         "identity": _hash(sample.id),
-        "content": content,
+        **hashes,
     }
+
+
+def _prefix(sample: Sample, path: str, job: Job, encoded: Encoded) -> dict[str, int]:
+    """What other samples may begin with, too: all up to the last picture before the first answer."""
+    pictures = np.flatnonzero(encoded.input_ids[: encoded.spans[0, 0]] == job.encoder.image_token_id)
+    if not len(pictures):
+        return {"prefix": 0, "prefix_images": 0, "prefix_key": 0}
+    ids, count = encoded.input_ids[: pictures[-1] + 1], len(pictures)
+    shown = [_shown(ref, path, job) for ref in sample.images[:count]]
+    tokens = len(ids) - count + sum(encoded.image_tokens[:count])
+    return {"prefix": tokens, "prefix_images": count, "prefix_key": _hash(repr((ids.tolist(), shown)))}
 
 
 def _hash(text: str) -> int:

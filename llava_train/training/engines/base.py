@@ -64,6 +64,7 @@ class Engine(ABC):
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         self.ranks = ranks
         self.precision = recipe.optimization.precision
+        self.fused = recipe.speed.fused_optimizer
 
     @property
     @abstractmethod
@@ -149,6 +150,7 @@ class Engine(ABC):
             ],
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
+            fused=self.fused,
         )
 
     @contextmanager

@@ -69,7 +69,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _record(steps: Iterator[list[Batch]], path: Path) -> Iterator[list[Batch]]:
     for batches in steps:
-        ids = [name for b in batches for name, weight in zip(b.ids, b.weights.tolist()) if weight]
+        ids = [name for batch in batches if batch.weights.any() for name in batch.ids]
         with path.open("a") as stream:
             stream.write(json.dumps(ids) + "\n")
         yield batches

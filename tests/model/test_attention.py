@@ -1,0 +1,102 @@
+"""Every attention over packed rows against the plain definition."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from llava_train.errors import RecipeError
+from llava_train.model.attention import ATTENTIONS, Layout, use_packed_attention
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, CHANNELS = 4, 2, 8
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """A few stretches, some of which follow a parent as branches."""
+    lengths, parents = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        lengths.append(draw(st.integers(1, 9)))
+        parents.append(-1)
+        parent = len(lengths) - 1
+        for _ in range(draw(st.integers(0, 3))):
+            lengths.append(draw(st.integers(1, 9)))
+            parents.append(parent)
+    return Layout(tuple(lengths), tuple(parents), CPU)
+
+
+def plain_varlen(query, key, value, cu_query, cu_key, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU, sequence by sequence."""
+    assert window_size == (-1, 0) and enable_gqa
+    made = []
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_query), itertools.pairwise(cu_key)):
+        assert b - a <= max_q and d - c <= max_k
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
+        made.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0])
+    return torch.cat(made, dim=1).transpose(0, 1)
+
+
+def tensors(size: int) -> list[torch.Tensor]:
+    torch.manual_seed(size)
+    return [torch.randn(1, heads, size, CHANNELS) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@given(layout=layouts())
+@settings(deadline=None, max_examples=15)
+def test_every_attention_is_the_plain_one(kind: str, layout: Layout) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+        given_tensors = tensors(sum(layout.lengths))
+        made = ATTENTIONS[kind](*given_tensors, layout, 0.3, 0.0)
+        torch.testing.assert_close(made, ATTENTIONS["dense"](*given_tensors, layout, 0.3, 0.0), atol=1e-6, rtol=1e-5)
+
+
+@given(layout=layouts(), data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_a_token_sees_its_beginning_and_itself_alone(layout: Layout, data: st.DataObject) -> None:
+    """Another sample's tokens change nothing, bit for bit."""
+    size = sum(layout.lengths)
+    own = data.draw(st.integers(0, len(layout.lengths) - 1))
+    seen = {own, layout.parents[own]}
+    query, key, value = tensors(size)
+    before = ATTENTIONS["blocks"](query, key, value, layout, 0.3, 0.0)
+    for number, start in enumerate(layout.starts):
+        if number not in seen:
+            for tensor in (query, key, value):
+                tensor[:, :, start : start + layout.lengths[number]] += 7.0
+    after = ATTENTIONS["blocks"](query, key, value, layout, 0.3, 0.0)
+    mine = slice(layout.starts[own], layout.starts[own] + layout.lengths[own])
+    assert torch.equal(before[:, :, mine], after[:, :, mine])
+
+
+@pytest.mark.parametrize("kind", ["flex", "varlen"])
+def test_dropout_is_refused_where_there_is_none(kind: str) -> None:
+    with pytest.raises(RecipeError, match=kind):
+        ATTENTIONS[kind](*tensors(3), Layout((3,), (-1,), CPU), 0.3, 0.1)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_what_packed_rows_do_not_have_is_refused_by_name() -> None:
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16))
+    short = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=4))
+    for llm, asked in ((gemma, "softcap"), (short, "sliding_window")):
+        use_packed_attention(llm.get_decoder())
+        with pytest.raises(RecipeError, match=rf"{asked}.*speed\.packing=false"):
+            llm(torch.ones(1, 6, dtype=torch.long), layout=Layout((6,), (-1,), CPU))
+    short(torch.ones(1, 6, dtype=torch.long), layout=Layout((3, 3), (-1, -1), CPU))  # a window as long as the samples
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16))
+    gemma._supports_attention_backend = False
+    with pytest.raises(RecipeError, match=r"speed\.packing=false"):
+        use_packed_attention(gemma)
