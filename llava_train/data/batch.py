@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +25,9 @@ from llava_train.errors import RecordError
 COUNTS = ("samples", "tokens", "supervised_tokens", "positions")
 """What is counted of a batch: the first three without the weightless filling of an uneven step, `positions` all that
 the language model computes (padding counts, a shared beginning once)."""
+Gives = Literal["pixel_values", "features"]
+"""What a batch holds of its pictures."""
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Batch:
     weights: torch.Tensor
     """(S,), their weights in the step's loss"""
     pixel_values: torch.Tensor | None
-    """(I, 3, H, W) in reading order, or None for text only"""
+    """(I, 3, H, W) in reading order; None for text only, or where `features` take their place"""
+    features: torch.Tensor | None
+    """(I, P, V) bf16 in reading order, what the connector reads, where they were made before"""
     ids: tuple[str, ...]
     """id and place of each sample, for messages"""
     counts: dict[str, int]
@@ -67,10 +72,20 @@ class Batch:
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
 
+class PictureReader(Protocol):
+    """What brings the pictures of a row."""
+
+    gives: Gives
+
+    def pictures(self, sample: int, row: Row, shared: int) -> list[torch.Tensor]:
+        """Those of a sample of the set without the first `shared`, which stand before it; RecordError names it."""
+
+
 class ImageReader:
     """Pixels of pictures; small ones that come again are kept, up to 256 MB."""
 
     budget = 256 * 2**20
+    gives: Gives = "pixel_values"
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -89,6 +104,13 @@ class ImageReader:
             self._bytes += pixels.nbytes
         return self._kept[key]
 
+    def pictures(self, sample: int, row: Row, shared: int) -> list[torch.Tensor]:
+        """See `PictureReader`: a picture that cannot be read any more is told of the row's record."""
+        try:
+            return [self.read(ref, row.media, row.aspect_ratio) for ref in row.images[shared:]]
+        except RecordError as error:
+            raise error.of(f"{row.place} (id {row.id})") from error
+
     def _processor(self, aspect_ratio: AspectRatio | None) -> Any:
         if aspect_ratio is not None and aspect_ratio not in self._shaped:
             size = int(self.processor.crop_size["height"])
@@ -96,9 +118,16 @@ class ImageReader:
         return self._shaped[aspect_ratio]
 
 
-def batch_of(collated: Collated, pixels: Sequence[torch.Tensor], ids: Sequence[str], counts: dict[str, int]) -> Batch:
+def batch_of(
+    collated: Collated,
+    pictures: Sequence[torch.Tensor],
+    ids: Sequence[str],
+    counts: dict[str, int],
+    gives: Gives = "pixel_values",
+) -> Batch:
     """Arrays as tensors."""
     mask = collated.attention_mask
+    stacked = torch.stack(list(pictures)) if pictures else None
     return Batch(
         torch.from_numpy(collated.input_ids),
         None if mask is None else torch.from_numpy(mask),
@@ -108,16 +137,17 @@ def batch_of(collated: Collated, pixels: Sequence[torch.Tensor], ids: Sequence[s
         torch.from_numpy(collated.predictors),
         torch.from_numpy(collated.targets),
         torch.from_numpy(collated.weights),
-        torch.stack(list(pixels)) if pixels else None,
+        stacked if gives == "pixel_values" else None,
+        stacked if gives == "features" else None,
         tuple(ids),
         counts,
     )
 
 
 class BatchReader:
-    """Micro-batches of a prepared set, pixels included."""
+    """Micro-batches of a prepared set, pictures included."""
 
-    def __init__(self, prepared: PreparedSet, reader: ImageReader, pad_id: int, cut: Cut) -> None:
+    def __init__(self, prepared: PreparedSet, reader: PictureReader, pad_id: int, cut: Cut) -> None:
         self.prepared, self.reader, self.pad_id, self.cut = prepared, reader, pad_id, cut
 
     def __call__(self, micro_batch: MicroBatch) -> Batch:
@@ -129,14 +159,14 @@ class BatchReader:
         else:
             groups = self._groups(rows, micro_batch.samples)
             collated = pack([(prefix, members) for prefix, _, members in groups], micro_batch.weights)
-        pixels = [
+        skipped = [shared if number else 0 for _, shared, members in groups for number in range(len(members))]
+        pictures = [
             picture
-            for _, shared, members in groups
-            for number, row in enumerate(members)
-            for picture in self._pixels(row, shared if number else 0)
+            for sample, row, shared in zip(micro_batch.samples, rows, skipped)
+            for picture in self.reader.pictures(sample, row, shared)
         ]
         counts = _counts(rows, micro_batch.weights, collated)
-        return batch_of(collated, pixels, [f"{row.id} ({row.place})" for row in rows], counts)
+        return batch_of(collated, pictures, [f"{row.id} ({row.place})" for row in rows], counts, self.reader.gives)
 
     def _groups(self, rows: list[Row], samples: tuple[int, ...]) -> list[tuple[int, int, list[Row]]]:
         """Neighbours that begin alike, with the number of tokens and of pictures they share."""
@@ -147,13 +177,6 @@ class BatchReader:
             own = [row for _, row in members]
             groups.append((own[0].prefix, own[0].prefix_images, own) if len(own) > 1 else (0, 0, own))
         return groups
-
-    def _pixels(self, row: Row, shared: int) -> list[torch.Tensor]:
-        """The row's pictures without the first `shared`, which stand before it."""
-        try:
-            return [self.reader.read(ref, row.media, row.aspect_ratio) for ref in row.images[shared:]]
-        except RecordError as error:
-            raise error.of(f"{row.place} (id {row.id})") from error
 
 
 def _counts(rows: Sequence[Row], weights: Sequence[float], collated: Collated) -> dict[str, int]:
@@ -185,9 +208,9 @@ class StepDataset(Dataset[list[Batch] | RecordError]):
 
 
 def load_steps(
-    dataset: StepDataset, first: int, num_workers: int, at_start: Callable[[int], None] | None = None
-) -> Iterator[list[Batch]]:
-    """Steps `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one).
+    dataset: Dataset[_Item | RecordError], first: int, num_workers: int, at_start: Callable[[int], None] | None = None
+) -> Iterator[_Item]:
+    """Items (steps) `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one).
 
     `at_start` is called in each of them with its number. Raises RecordError naming the sample whose picture cannot be
     read any more.
@@ -195,7 +218,7 @@ def load_steps(
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first, len(dataset)),
+        sampler=range(first, len(dataset)),  # type: ignore[arg-type]
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),

@@ -11,7 +11,7 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -99,7 +99,8 @@ def _dealt(
     buckets: list[list[int]], weights: list[tuple[float, ...]], sizes: Sizes, world_size: int
 ) -> list[list[MicroBatch]]:
     """Bucket n goes to rank n modulo the world size, every second round the other way: the largest come first."""
-    shortest = min((sample for bucket in buckets for sample in bucket), key=lambda sample: int(sizes.lengths[sample]))
+    rows = [sample for bucket in buckets for sample in bucket]
+    shortest = rows[int(sizes.lengths[rows].argmin())]
     batches = [
         MicroBatch(tuple(bucket), weight) if bucket else MicroBatch((shortest,), (0.0,))
         for bucket, weight in zip(buckets, weights)
@@ -111,27 +112,27 @@ def _dealt(
 
 def _padded(samples: Sequence[int], sizes: Sizes, world_size: int, size: int) -> list[list[int]]:
     """Buckets of at most `size` samples that are neighbours in length, the longest first."""
-    ordered = sorted(samples, key=lambda sample: (-int(sizes.lengths[sample]), sample))
+    rows = np.array(samples)
+    ordered = rows[np.lexsort((rows, -sizes.lengths[rows]))]
     count = math.ceil(len(ordered) / (world_size * size)) * world_size
     # The cut is even, so no bucket is left nearly empty.
-    return [part.tolist() for part in np.array_split(np.array(ordered), count)]
+    return [part.tolist() for part in np.array_split(ordered, count)]
 
 
 def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: str) -> list[tuple[float, ...]]:
     """The weight of each sample's tokens, bucket by bucket (a mixture may repeat a sample within a step)."""
-    tokens = [[int(supervised[sample]) for sample in bucket] for bucket in buckets]
+    tokens = [supervised[bucket].tolist() if bucket else [] for bucket in buckets]
     total, count = sum(map(sum, tokens)), sum(map(len, buckets))
     filled = sum(bool(bucket) for bucket in buckets)
     of = {
         "tokens": lambda own, bucket: 1.0 / total,
         "samples": lambda own, bucket: 1.0 / (count * own),
-        "micro_batch": lambda own, bucket: 1.0 / (filled * sum(bucket)),
+        "micro_batch": lambda own, whole: 1.0 / (filled * whole),
     }[normalization]
-    return [tuple(of(own, bucket) for own in bucket) for bucket in tokens]
+    return [tuple(of(own, whole) for own in bucket) for bucket, whole in zip(tokens, map(sum, tokens))]
 
 
-@dataclass(frozen=True)
-class _Unit:
+class _Unit(NamedTuple):
     """Samples that share their beginning (or one sample), the positions they take and what they cost."""
 
     samples: tuple[int, ...]
@@ -139,54 +140,85 @@ class _Unit:
     cost: float
 
 
+class _Sample(NamedTuple):
+    """A row of the set: positions of its beginning and of the rest, and what either costs."""
+
+    row: int
+    prefix: int
+    own: int
+    begun: float
+    cost: float
+
+
+_Bins = list[list[_Unit]]
+_SWEEPS, _LOOKED_AT = 3, 8
+
+
 def _packed(samples: Sequence[int], sizes: Sizes, world_size: int, cut: Cut, budget: int) -> list[list[int]]:
     """Buckets of at most `budget` positions, their number a multiple of the world size, the costliest first.
 
-    Best fit decreasing finds how many are needed; the units are then spread over that many by cost, if they fit.
+    Samples that share a beginning stay together, unless they are more than a micro-batch's share of the step and all
+    ranks are done sooner with the beginning computed twice.
     """
-    units = _units(samples, sizes, cut, budget)
-    bins = _best_fit(units, budget)
-    bins += [[] for _ in range(-len(bins) % world_size)]
-    bins = _spread(units, len(bins), budget) or bins
-    bins.sort(key=lambda units: -sum(unit.cost for unit in units))
-    return [[sample for unit in units for sample in unit.samples] for units in bins]
+    bins = _balanced(_units(samples, sizes, cut, budget), world_size, budget)
+    units = [unit for own in bins for unit in own]
+    share = math.ceil(sum(unit.positions for unit in units) / len(bins))
+    if any(unit.positions > share and len(unit.samples) > 1 for unit in units):
+        apart = _balanced(_units(samples, sizes, cut, share), world_size, budget)
+        bins = min(bins, apart, key=lambda bins: (len(bins), sum(map(_cost, bins[::world_size]))))
+    return [[sample for unit in own for sample in unit.samples] for own in bins]
 
 
 def _units(samples: Sequence[int], sizes: Sizes, cut: Cut, budget: int) -> list[_Unit]:
-    groups: dict[int | tuple[int, int], list[int]] = {}
-    for place, sample in enumerate(samples):
-        key = int(sizes.prefix_keys[sample]) if cut.share else 0
-        groups.setdefault(key or (place, sample), []).append(sample)
-    return [_unit(part, sizes, cut) for group in groups.values() for part in _fitting(group, sizes, budget)]
+    """Each group of samples that begin alike, cut so that a part takes at most `budget` positions."""
+    rows = np.array(samples)
+    prefixes, pictures = sizes.prefixes[rows], sizes.prefix_images[rows]
+    own = sizes.lengths[rows] - prefixes
+    begun = prefixes + cut.pair_cost * prefixes * (prefixes + 1) / 2 + cut.image_cost * pictures
+    costs = own + cut.pair_cost * own * (prefixes + (own + 1) / 2) + cut.image_cost * (sizes.images[rows] - pictures)
+    keys = sizes.prefix_keys[rows].tolist() if cut.share else [0] * len(rows)
+    groups: dict[int | tuple[int], list[_Sample]] = {}
+    for place, (key, *known) in enumerate(zip(keys, *(each.tolist() for each in (rows, prefixes, own, begun, costs)))):
+        groups.setdefault(key or (place,), []).append(_Sample(*known))
+    return [_unit(part) for group in groups.values() for part in _fitting(group, budget)]
 
 
-def _fitting(group: list[int], sizes: Sizes, budget: int) -> list[list[int]]:
+def _fitting(group: list[_Sample], budget: int) -> list[list[_Sample]]:
     """A group cut so that each part takes at most `budget` positions (a longer sample is alone)."""
-    parts: list[list[int]] = []
+    parts: list[list[_Sample]] = []
     room = 0
     for sample in group:
-        length, prefix = int(sizes.lengths[sample]), int(sizes.prefixes[sample])
-        if not parts or length - prefix > room:
+        if not parts or sample.own > room:
             parts.append([])
-            room = budget - prefix
+            room = budget - sample.prefix
         parts[-1].append(sample)
-        room -= length - prefix
+        room -= sample.own
     return parts
 
 
-def _unit(samples: list[int], sizes: Sizes, cut: Cut) -> _Unit:
-    prefix, pictures = int(sizes.prefixes[samples[0]]), int(sizes.prefix_images[samples[0]])
-    positions, pairs, images = prefix, prefix * (prefix + 1) / 2, pictures
-    for sample in samples:
-        own = int(sizes.lengths[sample]) - prefix
-        positions += own
-        pairs += own * prefix + own * (own + 1) / 2
-        images += int(sizes.images[sample]) - pictures
-    return _Unit(tuple(samples), positions, positions + cut.pair_cost * pairs + cut.image_cost * images)
+def _unit(samples: list[_Sample]) -> _Unit:
+    rows, _, own, _, costs = zip(*samples)
+    return _Unit(rows, samples[0].prefix + sum(own), samples[0].begun + sum(costs))
 
 
-def _best_fit(units: list[_Unit], budget: int) -> list[list[_Unit]]:
-    bins: list[list[_Unit]] = []
+def _cost(units: list[_Unit]) -> float:
+    return sum(unit.cost for unit in units)
+
+
+def _balanced(units: list[_Unit], world_size: int, budget: int) -> _Bins:
+    """The units over as few bins as do, a multiple of the world size, of like cost; the costliest bin first."""
+    fewest = math.ceil(sum(unit.positions for unit in units) / budget)
+    bins = _spread(units, fewest + -fewest % world_size, budget)
+    if bins is None:
+        bins = _best_fit(units, budget)
+        bins += [[] for _ in range(-len(bins) % world_size)]
+        bins = _spread(units, len(bins), budget) or bins
+    _even(bins, budget)
+    return sorted(bins, key=_cost, reverse=True)
+
+
+def _best_fit(units: list[_Unit], budget: int) -> _Bins:
+    bins: _Bins = []
     rooms: list[tuple[int, int]] = []  # (positions left, bin), the least first
     for unit in sorted(units, key=lambda unit: -unit.positions):
         place = bisect_left(rooms, (unit.positions, -1))
@@ -200,9 +232,9 @@ def _best_fit(units: list[_Unit], budget: int) -> list[list[_Unit]]:
     return bins
 
 
-def _spread(units: list[_Unit], count: int, budget: int) -> list[list[_Unit]] | None:
+def _spread(units: list[_Unit], count: int, budget: int) -> _Bins | None:
     """The units over `count` bins, the costliest first, each to the cheapest bin with room; None if one finds none."""
-    bins: list[list[_Unit]] = [[] for _ in range(count)]
+    bins: _Bins = [[] for _ in range(count)]
     loads = [(0.0, number) for number in range(count)]
     rooms = [budget] * count
     for unit in sorted(units, key=lambda unit: -unit.cost):
@@ -214,6 +246,33 @@ def _spread(units: list[_Unit], count: int, budget: int) -> list[list[_Unit]] | 
         rooms[number] -= unit.positions
         insort(loads, (cost + unit.cost, number))
     return bins
+
+
+def _even(bins: _Bins, budget: int) -> None:
+    """Costly bins swap units with cheap ones, the costliest with the cheapest, then with others."""
+    half = len(bins) // 2
+    for sweep in range(_SWEEPS):
+        bins.sort(key=_cost)
+        cheap = bins[sweep:half] + bins[:sweep]
+        for one, other in zip(reversed(bins), cheap):
+            _swap(one, other, budget)
+
+
+def _swap(dear: list[_Unit], cheap: list[_Unit], budget: int) -> None:
+    """Exchange the two units that bring the costs of two bins nearest to one another, if both have room for it."""
+    gap = (_cost(dear) - _cost(cheap)) / 2
+    if gap <= 0.001 * _cost(dear):
+        return
+    room, own_room = (budget - sum(unit.positions for unit in own) for own in (cheap, dear))
+    pairs = (
+        (abs(one.cost - other.cost - gap), i, j)
+        for i, one in enumerate(dear[:_LOOKED_AT])
+        for j, other in enumerate(cheap[:_LOOKED_AT])
+        if -own_room <= one.positions - other.positions <= room
+    )
+    left, i, j = min(pairs, default=(gap, 0, 0))
+    if left < gap:
+        dear[i], cheap[j] = cheap[j], dear[i]
 
 
 def positions_of(micro_batches: Sequence[MicroBatch], sizes: Sizes, cut: Cut) -> int:

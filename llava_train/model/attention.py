@@ -226,7 +226,7 @@ def _refuse(module: torch.nn.Module, layout: Layout, others: dict[str, Any]) -> 
         )
 
 
-AttentionInterface.register(NAME, torch.compiler.disable(_attend, recursive=False))
+AttentionInterface.register(NAME, torch.compiler.disable(_attend))
 
 
 def use_packed_attention(language_model: PreTrainedModel) -> None:

@@ -184,7 +184,7 @@ def _counted(
 ) -> tuple[Work, torch.Tensor]:
     """What torch counts while `call` handles an input of `shape`, and a result without values."""
     # Attention by its definition: not every fused kernel is one that torch counts.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result, _ = without_values(model, call, torch.empty(shape), dtypes={})
     counts = counter.get_flop_counts()
     linear = sum(flops for operator, flops in counts["Global"].items() if str(operator) in _LINEAR)

@@ -49,7 +49,7 @@ def _hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layers: l
     found: dict[int, torch.Tensor] = {}
     owner, name = layer_list(tower)
     every = getattr(owner, name)
-    needed = max(1, *layers)  # the first one is needed to see what it reads
+    needed = max(1, *layers)  # the first one shows what it reads
     with ExitStack() as stack:
         stack.enter_context(_shortened(owner, name, needed))
         for number in {*layers} - {0}:
@@ -59,6 +59,13 @@ def _hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layers: l
             stack.callback(every[0].register_forward_pre_hook(partial(_keep, found, 0)).remove)
         tower(pixel_values)
     return [found[number] for number in layers]
+
+
+def layers_above(model: LlavaForConditionalGeneration) -> list[nn.Module]:
+    """The tower's layers that `image_features` does not run."""
+    tower = model.model.vision_tower
+    deepest = max(1, *feature_layers(tower, model.config.vision_feature_layer))
+    return list(getattr(*layer_list(tower)))[deepest:]
 
 
 def layer_list(tower: PreTrainedModel) -> tuple[nn.Module, str]:

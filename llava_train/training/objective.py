@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_train.data.batch import Batch
 from llava_train.model.attention import Layout
-from llava_train.model.vision import feature_shape, image_features
+from llava_train.model.vision import feature_shape, image_features, layers_above
 
 LOGITS_BYTES = 2**28
 """Logits that are in memory at a time, in float32."""
@@ -46,6 +46,11 @@ class Objective(nn.Module):
             "pixels": shards_weights or any(p.requires_grad for p in model.model.vision_tower.parameters()),
         }
         self.blank: Blank = "pixels" if trained["pixels"] else "features" if trained["features"] else "nothing"
+
+    @property
+    def idle_layers(self) -> list[nn.Module]:
+        """Layers of the model that no batch runs."""
+        return layers_above(self.model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +18,25 @@ from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
 from llava_train.model.costs import Costs, costs_of
 from llava_train.model.encoders import load_vision_config, vision_shape
+from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
+from llava_train.model.memory import Conditions, measure_kept
 from llava_train.model.tuning import Group, apply_tuning, parameter_groups, planned_dtypes, tuning_table
 from llava_train.recipe import Recipe
 from llava_train.training.checkpoints.resuming import load_state, newest, require_same_run
 from llava_train.training.engines.base import Engine
-from llava_train.training.engines.choice import Load, make_engine
+from llava_train.training.engines.choice import Load, device_memory, make_engine
 from llava_train.training.engines.ranks import Ranks
-from llava_train.training.material import Prepared, plan_of, prepare_in_turn
-from llava_train.training.objective import Objective
+from llava_train.training.material import Prepared, cut_of, plan_of, prepare_in_turn
+from llava_train.training.objective import LOGITS_BYTES, Objective
+from llava_train.training.recompute import (
+    Memory,
+    MicroBatch,
+    Spread,
+    apply_recompute,
+    plan_memory,
+    resident_bytes,
+)
 from llava_train.training.state import RunState
 
 
@@ -40,6 +51,7 @@ class Setup:
         layout: what of it a model folder holds.
         table: what trains, for the start.
         costs: FLOPs of the model's parts.
+        memory: what the run needs, by estimate.
         identity: what must not change on resume.
         state: where the run stands.
     """
@@ -53,6 +65,7 @@ class Setup:
     prepared: Prepared
     plan: Plan
     costs: Costs
+    memory: Memory
     identity: dict[str, Any]
     state: RunState
 
@@ -83,12 +96,18 @@ def set_up(
     dtypes = engine.dtypes(planned)
     layout = own_layout(assembly, dtypes)
     table = tuning_table(assembly.model, recipe.tune, groups, dtypes)
+    memory = memory_of(recipe, assembly, prepared, engine, dtypes)
+    apply_recompute(assembly.model, memory.recomputed)
+    if recipe.speed.liger:
+        use_liger(assembly.model)
     objective = Objective(assembly.model, engine.shards_weights, recipe.speed.attention).train()
     engine.place(objective, dtypes)
+    if recipe.speed.compile:
+        compile_layers(assembly.model)
     engine.attach(objective, groups, recipe.optimization)
     state = load_state(checkpoint, engine, groups) if checkpoint is not None else RunState()
     plan = plan_of(recipe, prepared)
-    return Setup(engine, why, assembly, layout, groups, table, prepared, plan, costs, identity, state)
+    return Setup(engine, why, assembly, layout, groups, table, prepared, plan, costs, memory, identity, state)
 
 
 def build(recipe: Recipe) -> Assembly:
@@ -121,6 +140,26 @@ def _tuned(recipe: Recipe, assembly: Assembly) -> Assembly:
         vision=replace(spec.vision, included=spec.vision.included or recipe.tune.vision.mode == "full"),
         llm=replace(spec.llm, included=spec.llm.included or recipe.tune.llm.mode == "full"),
     )
+
+
+def memory_of(
+    recipe: Recipe, assembly: Assembly, prepared: Prepared, engine: Engine, dtypes: dict[str, torch.dtype]
+) -> Memory:
+    """What a process will need for the largest micro-batch, and how many layers are recomputed for it."""
+    sizes, device = prepared.train.sizes, engine.ranks.device
+    cut = cut_of(recipe, prepared.train)
+    tokens = cut.budget or cut.size * int(sizes.lengths.max())
+    images = math.ceil(tokens * float((sizes.images / sizes.lengths).max()))
+    logits = LOGITS_BYTES // (4 * assembly.model.lm_head.out_features)
+    batch = MicroBatch(tokens, images, min(tokens, max(1, logits)))
+    length = math.ceil(float(sizes.lengths.mean()))
+    kept = measure_kept(
+        assembly.model, Conditions(dtypes, engine.autocast, device.type, length, recipe.speed.attention)
+    )
+    spread = Spread(**dict.fromkeys(engine.spreads, engine.ranks.world_size))
+    resident = resident_bytes(assembly.model, dtypes, spread)
+    layers = len(assembly.model.model.language_model.layers)
+    return plan_memory(recipe.speed.recompute, kept, layers, batch, resident, device_memory(device))
 
 
 def _load(assembly: Assembly, dtypes: dict[str, torch.dtype]) -> Load:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from llava_train.model.tuning import Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.ranks import Ranks
+from llava_train.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Engine(ABC):
 
     shards_weights = False
     """Whether frozen weights are spread over ranks too, so that every rank must run the same modules in step."""
+    spreads: tuple[str, ...] = ()
+    """Which of "weights", "gradients" and "optimizer" are spread over ranks"""
+    autocast: torch.dtype | None = None
+    """What forward computes in where weights are kept in more"""
     module: Any
     """The wrapped objective: a batch in, its share of the step's loss out"""
     optimizer: Any
@@ -76,7 +81,7 @@ class Engine(ABC):
         return planned
 
     @abstractmethod
-    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Bring the weights of a model on the CPU into their precision, onto the device, and into shards."""
 
     @abstractmethod

@@ -51,8 +51,12 @@ def make_engine(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[Engine, str]:
 
 
 def require_engine(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise RecipeError, before anything is computed, where the engine that the recipe names cannot start here."""
+    """Raise RecipeError, before anything is computed, where what the recipe names cannot run here."""
     kind = _named(recipe)
+    if recipe.speed.liger and ranks.device.type != "cuda":
+        raise RecipeError("speed.liger: Liger's kernels are Triton's and run on a GPU alone; set speed.liger=false")
+    if recipe.speed.compile and kind == "deepspeed_zero3":
+        raise RecipeError("speed.compile: ZeRO-3 gathers weights inside of what would be compiled; take fsdp2 or zero2")
     if kind == "fsdp2" and ranks.world_size == 1:
         raise RecipeError("engine.kind: fsdp2 spreads weights over processes, and this is one; use torchrun")
     if not kind.startswith("deepspeed"):
@@ -84,7 +88,7 @@ def choose(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[str, str]:
         return named, f"{recipe.engine.deepspeed_config} names the stage" if by_file else "the recipe names it"
     if ranks.world_size == 1:
         return "ddp", "nothing to share with"
-    room = _SHARE * _memory(ranks.device)
+    room = _SHARE * device_memory(ranks.device)
     whole = load.frozen_bytes + load.trained * _TRAINED_BYTES
     if whole <= room:
         return "ddp", f"{_gb(whole)} of weights and optimizer fit into {_gb(room)} a process"
@@ -96,7 +100,7 @@ def choose(recipe: Recipe, ranks: Ranks, load: Load) -> tuple[str, str]:
     return ("deepspeed_zero3" if deepspeed else "fsdp2"), reason
 
 
-def _memory(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes of memory that one process may call its own."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

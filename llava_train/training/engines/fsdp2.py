@@ -16,12 +16,14 @@ from llava_train.model.tuning import PRECISIONS, Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.base import Engine, Fragment, cast, units
 from llava_train.training.engines.ranks import Ranks
+from llava_train.training.objective import Objective
 
 
 class Fsdp2(Engine):
     """`fully_shard` on each layer, then on what is left. Trained weights are float32 and gathered in the precision."""
 
     shards_weights = True
+    spreads = ("weights", "gradients", "optimizer")
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         super().__init__(recipe, ranks)
@@ -34,14 +36,17 @@ class Fsdp2(Engine):
         """One line for the table at start."""
         return f"FSDP2 over {self.ranks.world_size} processes"
 
-    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Cast and shard a layer at a time: no rank ever holds a second copy of more than one."""
         inner = MixedPrecisionPolicy(self.policy.param_dtype, self.policy.reduce_dtype)
+        idle = {*objective.idle_layers}  # FSDP2 fails on what never runs
         for prefix, unit in units(objective):
             cast(unit, dtypes, prefix)
-            fully_shard(unit, mesh=self.mesh, mp_policy=inner)
+            if unit not in idle:
+                fully_shard(unit, mesh=self.mesh, mp_policy=inner)
         cast(objective, dtypes, spread=lambda parameter: isinstance(parameter, DTensor))
-        fully_shard(objective, mesh=self.mesh, mp_policy=self.policy)
+        whole = {parameter for layer in idle for parameter in layer.parameters()}
+        fully_shard(objective, mesh=self.mesh, mp_policy=self.policy, ignored_params=whole)
 
     def attach(self, objective: nn.Module, groups: list[Group], optimization: OptimizationSettings) -> None:
         """The optimizer over the shards."""

@@ -12,10 +12,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from llava_train.model.tuning import Group
+from llava_train.model.tuning import PRECISIONS, Group
 from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.base import Engine, Fragment, cast
 from llava_train.training.engines.ranks import Ranks
+from llava_train.training.objective import Objective
 
 
 class Replicated(Engine):
@@ -23,6 +24,7 @@ class Replicated(Engine):
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         super().__init__(recipe, ranks)
+        self.autocast = None if self.precision == "fp32" else PRECISIONS[self.precision]
         # Accelerate keeps one precision a process; a second run in this process may want another.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -37,7 +39,7 @@ class Replicated(Engine):
         count = self.ranks.world_size
         return "one process" if count == 1 else f"DDP over {count} processes"
 
-    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; Accelerate moves the model in `attach`."""
         cast(objective, dtypes)
 

@@ -18,6 +18,7 @@ from llava_train.recipe import OptimizationSettings, Recipe
 from llava_train.training.engines.base import Engine, Fragment, cast, units
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.engines.zero_config import zero_config
+from llava_train.training.objective import Objective
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -29,6 +30,7 @@ class Zero(Engine):
         super().__init__(recipe, ranks)
         self.config = zero_config(recipe, ranks, stage)
         self.stage, self.offload = stage, _offload(self.config)
+        self.spreads = ("optimizer", "gradients", "weights")[:stage]
         _join_deepspeed(ranks)
 
     @property
@@ -41,7 +43,7 @@ class Zero(Engine):
         """All weights in the precision of the run: the masters are DeepSpeed's."""
         return dict.fromkeys(planned, PRECISIONS[self.precision])
 
-    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Cast in place; DeepSpeed moves the model in `attach`."""
         cast(objective, dtypes)
 
@@ -120,7 +122,7 @@ class Zero3(Zero):
 
     shards_weights = True
 
-    def place(self, objective: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Cast and spread a layer at a time: no rank ever holds a second copy of more than one."""
         for prefix, unit in units(objective):
             # A copy: what is spread is broadcast first, and writing into a weight read from a file would keep the

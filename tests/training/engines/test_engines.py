@@ -83,7 +83,7 @@ def alone(place: Path) -> dict[str, Path]:
 def assert_same_curve(one: list[dict[str, Any]], two: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
     assert len(one) == len(two)
     for a, b in zip(one, two):
-        for key in a:
+        for key in a.keys() - {"positions"}:  # how a step is cut depends on the number of processes
             assert b[key] == pytest.approx(a[key], rel=tolerance), (key, a, b)
 
 
