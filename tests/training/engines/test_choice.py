@@ -32,7 +32,7 @@ FULL = Load(frozen_bytes=6 * 10**8, trained=7 * 10**9)
 def test_the_plainest_that_fits(
     monkeypatch: pytest.MonkeyPatch, load: Load, ranks: int, memory: int, deepspeed: bool, kind: str, reason: str
 ) -> None:
-    monkeypatch.setattr(choice, "_memory", lambda device: memory * 10**9)
+    monkeypatch.setattr(choice, "device_memory", lambda device: memory * 10**9)
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object() if deepspeed else None)
     found, why = choose(Recipe(), Ranks(0, ranks, torch.device("cpu")), load)
     assert found == kind
@@ -57,6 +57,6 @@ def test_a_file_of_the_users_names_the_stage(tmp_path: Path, stage: int) -> None
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = choice._memory(torch.device("cpu"))
+    alone = choice.device_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert choice._memory(torch.device("cpu")) == alone // 4
+    assert choice.device_memory(torch.device("cpu")) == alone // 4
