@@ -21,7 +21,7 @@ _LEADING_TOKENS = {
     "dinov2_with_registers": 1,
     "vit": 1,
 }
-"""Tower's model_type -> positions before the patches (CLS).
+"""Tower's model_type -> positions before the patches (CLS), registers not counted.
 
 SigLIP2 of fixed resolution is a `siglip_vision_model`; its NaFlex form takes flattened patches, which LLaVA's class
 does not give.
@@ -80,7 +80,8 @@ def vision_shape(config: PretrainedConfig, image_size: int | None = None) -> Vis
             f"image size {size}: a {config.model_type} tower was made for {config.image_size} pixels; "
             "only DINOv2 interpolates its positions"
         )
-    return VisionShape(size, patch, _LEADING_TOKENS[config.model_type], int(config.hidden_size))
+    leading = _LEADING_TOKENS[config.model_type] + int(getattr(config, "num_register_tokens", 0))
+    return VisionShape(size, patch, leading, int(config.hidden_size))
 
 
 def load_vision_tower(path: str, revision: str | None = None) -> PreTrainedModel:

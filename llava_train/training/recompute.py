@@ -139,7 +139,7 @@ def apply_recompute(model: LlavaForConditionalGeneration, count: int) -> None:
     Before the model is placed. RecipeError where a decoder's layers cannot be recomputed.
     """
     decoder, tower = model.model.language_model, model.model.vision_tower
-    whole = count == len(decoder.layers) and all(weight.requires_grad for weight in tower.parameters())
+    whole = count == len(decoder.layers) and any(weight.requires_grad for weight in tower.parameters())
     tower_layers = getattr(*layer_list(tower))
     chosen = [(layer, number < count) for number, layer in enumerate(decoder.layers)]
     for layer, recomputed in [*chosen, *((layer, whole) for layer in tower_layers)]:

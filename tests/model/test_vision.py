@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import Dinov2WithRegistersConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_train.model.vision import feature_shape, image_features, layer_list
 from tests import tiny
@@ -63,3 +63,12 @@ def test_an_error_in_the_tower_leaves_it_whole(tmp_path: Path) -> None:
         image_features(model, torch.zeros(1, 5, 28, 28))
     owner, name = layer_list(model.model.vision_tower)
     assert len(getattr(owner, name)) == 3
+
+
+def test_registers_are_positions_too() -> None:
+    """The stock class drops CLS alone, so that registers reach the connector and take places in the text."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(vision_config=Dinov2WithRegistersConfig(**sizes, num_register_tokens=3), text_config=text)
+    model = LlavaForConditionalGeneration(config)
+    assert feature_shape(model) == tuple(image_features(model, torch.zeros(1, 3, 28, 28)).shape[1:]) == (7, 32)

@@ -80,6 +80,10 @@ class Engine(ABC):
         """The precision of each weight on this engine, given the one that autocast wants."""
         return planned
 
+    def seen(self, dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """The precision of each weight as forward sees it, given `dtypes`."""
+        return dtypes
+
     @abstractmethod
     def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Bring the weights of a model on the CPU into their precision, onto the device, and into shards."""

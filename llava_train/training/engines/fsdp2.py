@@ -36,6 +36,10 @@ class Fsdp2(Engine):
         """One line for the table at start."""
         return f"FSDP2 over {self.ranks.world_size} processes"
 
+    def seen(self, dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """What layers are gathered in."""
+        return dict.fromkeys(dtypes, PRECISIONS[self.precision])
+
     def place(self, objective: Objective, dtypes: dict[str, torch.dtype]) -> None:
         """Cast and shard a layer at a time: no rank ever holds a second copy of more than one."""
         inner = MixedPrecisionPolicy(self.policy.param_dtype, self.policy.reduce_dtype)
