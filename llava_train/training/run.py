@@ -134,7 +134,8 @@ def _announce(recipe: Recipe, setup: Setup) -> None:
     info = data.train.info
     say(setup.table)
     say(f"engine: {engine.description} on {engine.ranks.device.type}, precision {engine.precision} ({setup.why})")
-    say(str(setup.memory))
+    if setup.memory:
+        say(str(setup.memory))
     say(composition_table(info))
     say(epoch_line(epoch_of(data)))
     say(

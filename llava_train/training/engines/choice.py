@@ -55,6 +55,8 @@ def require_engine(recipe: Recipe, ranks: Ranks) -> None:
     kind = _named(recipe)
     if recipe.speed.liger and ranks.device.type != "cuda":
         raise RecipeError("speed.liger: Liger's kernels are Triton's and run on a GPU alone; set speed.liger=false")
+    if recipe.speed.attention in ("flex", "varlen") and recipe.speed.packing and ranks.device.type != "cuda":
+        raise RecipeError(f"speed.attention: {recipe.speed.attention} gives gradients on CUDA alone; take auto")
     if recipe.speed.compile and kind == "deepspeed_zero3":
         raise RecipeError("speed.compile: ZeRO-3 gathers weights inside of what would be compiled; take fsdp2 or zero2")
     if kind == "fsdp2" and ranks.world_size == 1:
