@@ -1,7 +1,7 @@
 """A step -> micro-batches of each rank. Pure: it never changes what a step computes, only how fast.
 
-Padded: as many samples as `Cut.size`, neighbours in length. Packed: as many positions as `Cut.budget`, best fit first;
-samples that begin alike (the same system prompt and picture) stay together and carry their beginning once.
+Padded: as many samples as `Cut.size`, neighbours in length. Packed: at most `Cut.budget` positions, all ranks of like
+cost; samples that begin alike (the same system prompt and picture) stay together and carry their beginning once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from llava_train.data.plan import Plan
+
+_SWEEPS, _LOOKED_AT = 6, 8
+"""Of evening out: rounds of swaps, and how many units of a bin are looked at (the costliest)"""
 
 
 @dataclass(frozen=True)
@@ -125,154 +129,152 @@ def _weights(buckets: list[list[int]], supervised: np.ndarray, normalization: st
     total, count = sum(map(sum, tokens)), sum(map(len, buckets))
     filled = sum(bool(bucket) for bucket in buckets)
     of = {
-        "tokens": lambda own, bucket: 1.0 / total,
-        "samples": lambda own, bucket: 1.0 / (count * own),
+        "tokens": lambda own, whole: 1.0 / total,
+        "samples": lambda own, whole: 1.0 / (count * own),
         "micro_batch": lambda own, whole: 1.0 / (filled * whole),
     }[normalization]
     return [tuple(of(own, whole) for own in bucket) for bucket, whole in zip(tokens, map(sum, tokens))]
 
 
-class _Unit(NamedTuple):
-    """Samples that share their beginning (or one sample), the positions they take and what they cost."""
+class _Units(NamedTuple):
+    """Samples that share their beginning (or one sample each), the positions they take and what they cost."""
 
-    samples: tuple[int, ...]
-    positions: int
-    cost: float
-
-
-class _Sample(NamedTuple):
-    """A row of the set: positions of its beginning and of the rest, and what either costs."""
-
-    row: int
-    prefix: int
-    own: int
-    begun: float
-    cost: float
-
-
-_Bins = list[list[_Unit]]
-_SWEEPS, _LOOKED_AT = 3, 8
+    samples: list[tuple[int, ...]]
+    positions: np.ndarray
+    costs: np.ndarray
 
 
 def _packed(samples: Sequence[int], sizes: Sizes, world_size: int, cut: Cut, budget: int) -> list[list[int]]:
     """Buckets of at most `budget` positions, their number a multiple of the world size, the costliest first.
 
-    Samples that share a beginning stay together, unless they are more than a micro-batch's share of the step and all
-    ranks are done sooner with the beginning computed twice.
+    Samples that begin alike stay together, unless they are more than one bucket's share of the step and all ranks are
+    done sooner where that beginning is computed twice.
     """
-    bins = _balanced(_units(samples, sizes, cut, budget), world_size, budget)
-    units = [unit for own in bins for unit in own]
-    share = math.ceil(sum(unit.positions for unit in units) / len(bins))
-    if any(unit.positions > share and len(unit.samples) > 1 for unit in units):
-        apart = _balanced(_units(samples, sizes, cut, share), world_size, budget)
-        bins = min(bins, apart, key=lambda bins: (len(bins), sum(map(_cost, bins[::world_size]))))
-    return [[sample for unit in own for sample in unit.samples] for own in bins]
+    units = _units(samples, sizes, cut, budget)
+    bins = _balanced(units, world_size, budget)
+    share = math.ceil(units.positions.sum() / len(bins))
+    if cut.share and units.positions.max() > share:
+        smaller = _units(samples, sizes, cut, share)
+        more = _balanced(smaller, world_size, budget)
+        if (len(more), _slowest(more, smaller, world_size)) < (len(bins), _slowest(bins, units, world_size)):
+            units, bins = smaller, more
+    keys = sizes.prefix_keys[[members[0] for members in units.samples]].tolist()
+    ordered = [sorted(own, key=lambda unit: (keys[unit], unit)) for own in bins]  # neighbours begin alike
+    return [[sample for unit in own for sample in units.samples[unit]] for own in ordered]
 
 
-def _units(samples: Sequence[int], sizes: Sizes, cut: Cut, budget: int) -> list[_Unit]:
-    """Each group of samples that begin alike, cut so that a part takes at most `budget` positions."""
+def _slowest(bins: list[list[int]], units: _Units, world_size: int) -> int:
+    """What the costliest bins of all rounds cost; ranks wait for one another."""
+    return sum(int(units.costs[own].sum()) for own in bins[::world_size])
+
+
+def _units(samples: Sequence[int], sizes: Sizes, cut: Cut, budget: int) -> _Units:
+    """The units of a step (or of a micro-batch), each of at most `budget` positions."""
     rows = np.array(samples)
-    prefixes, pictures = sizes.prefixes[rows], sizes.prefix_images[rows]
-    own = sizes.lengths[rows] - prefixes
-    begun = prefixes + cut.pair_cost * prefixes * (prefixes + 1) / 2 + cut.image_cost * pictures
-    costs = own + cut.pair_cost * own * (prefixes + (own + 1) / 2) + cut.image_cost * (sizes.images[rows] - pictures)
-    keys = sizes.prefix_keys[rows].tolist() if cut.share else [0] * len(rows)
-    groups: dict[int | tuple[int], list[_Sample]] = {}
-    for place, (key, *known) in enumerate(zip(keys, *(each.tolist() for each in (rows, prefixes, own, begun, costs)))):
-        groups.setdefault(key or (place,), []).append(_Sample(*known))
-    return [_unit(part) for group in groups.values() for part in _fitting(group, budget)]
+    lengths, prefixes = sizes.lengths[rows], sizes.prefixes[rows]
+    own = lengths - prefixes
+    keys = sizes.prefix_keys[rows] if cut.share else np.zeros(len(rows), dtype=int)
+    parts = _parts(keys.tolist(), prefixes.tolist(), own.tolist(), budget)
+    places = np.array(list(chain.from_iterable(parts)))
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    first = places[starts]
+    begun = _cost(prefixes, sizes.prefix_images[rows], cut)
+    costs = _cost(lengths, sizes.images[rows], cut) - begun
+    names = rows.tolist()
+    return _Units(
+        [tuple(names[place] for place in part) for part in parts],
+        prefixes[first] + np.add.reduceat(own[places], starts),
+        begun[first] + np.add.reduceat(costs[places], starts),
+    )
 
 
-def _fitting(group: list[_Sample], budget: int) -> list[list[_Sample]]:
-    """A group cut so that each part takes at most `budget` positions (a longer sample is alone)."""
-    parts: list[list[_Sample]] = []
-    room = 0
-    for sample in group:
-        if not parts or sample.own > room:
-            parts.append([])
-            room = budget - sample.prefix
-        parts[-1].append(sample)
-        room -= sample.own
+def _cost(positions: np.ndarray, images: np.ndarray, cut: Cut) -> np.ndarray:
+    """Of samples, or of what they begin with, in whole positions: every position sees itself and those before it.
+
+    Integers, because all ranks must come to the same bins, on whatever machine.
+    """
+    return np.rint(positions + cut.pair_cost * positions * (positions + 1) / 2 + cut.image_cost * images).astype(int)
+
+
+def _parts(keys: list[int], prefixes: list[int], own: list[int], budget: int) -> list[list[int]]:
+    """Places with the same key together, as long as they take at most `budget` positions; those of key 0 alone."""
+    parts: list[list[int]] = []
+    last: dict[int, list[int]] = {}
+    rooms: dict[int, int] = {}
+    for place, key in enumerate(keys):
+        if key and own[place] <= rooms.get(key, -1):
+            last[key].append(place)
+        else:
+            parts.append([place])
+            last[key], rooms[key] = parts[-1], budget - prefixes[place]
+        rooms[key] -= own[place]
     return parts
 
 
-def _unit(samples: list[_Sample]) -> _Unit:
-    rows, _, own, _, costs = zip(*samples)
-    return _Unit(rows, samples[0].prefix + sum(own), samples[0].begun + sum(costs))
-
-
-def _cost(units: list[_Unit]) -> float:
-    return sum(unit.cost for unit in units)
-
-
-def _balanced(units: list[_Unit], world_size: int, budget: int) -> _Bins:
+def _balanced(units: _Units, world_size: int, budget: int) -> list[list[int]]:
     """The units over as few bins as do, a multiple of the world size, of like cost; the costliest bin first."""
-    fewest = math.ceil(sum(unit.positions for unit in units) / budget)
+    fewest = math.ceil(units.positions.sum() / budget)
     bins = _spread(units, fewest + -fewest % world_size, budget)
     if bins is None:
-        bins = _best_fit(units, budget)
+        bins = _best_fit(units.positions.tolist(), budget)
         bins += [[] for _ in range(-len(bins) % world_size)]
         bins = _spread(units, len(bins), budget) or bins
-    _even(bins, budget)
-    return sorted(bins, key=_cost, reverse=True)
+    bins = _even(bins, units, budget)
+    return sorted(bins, key=lambda own: -int(units.costs[own].sum()))
 
 
-def _best_fit(units: list[_Unit], budget: int) -> _Bins:
-    bins: _Bins = []
+def _best_fit(positions: list[int], budget: int) -> list[list[int]]:
+    bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (positions left, bin), the least first
-    for unit in sorted(units, key=lambda unit: -unit.positions):
-        place = bisect_left(rooms, (unit.positions, -1))
+    for unit in sorted(range(len(positions)), key=lambda unit: -positions[unit]):
+        place = bisect_left(rooms, (positions[unit], -1))
         if place == len(rooms):
             bins.append([])
-            rooms.append((max(budget, unit.positions), len(bins) - 1))
+            rooms.append((max(budget, positions[unit]), len(bins) - 1))
             place = len(rooms) - 1
         room, number = rooms.pop(place)
         bins[number].append(unit)
-        insort(rooms, (room - unit.positions, number))
+        insort(rooms, (room - positions[unit], number))
     return bins
 
 
-def _spread(units: list[_Unit], count: int, budget: int) -> _Bins | None:
+def _spread(units: _Units, count: int, budget: int) -> list[list[int]] | None:
     """The units over `count` bins, the costliest first, each to the cheapest bin with room; None if one finds none."""
-    bins: _Bins = [[] for _ in range(count)]
-    loads = [(0.0, number) for number in range(count)]
+    positions, costs = units.positions.tolist(), units.costs.tolist()
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
     rooms = [budget] * count
-    for unit in sorted(units, key=lambda unit: -unit.cost):
-        place = next((i for i, (_, number) in enumerate(loads) if unit.positions <= rooms[number]), None)
+    for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
+        place = next((i for i, (_, number) in enumerate(loads) if positions[unit] <= rooms[number]), None)
         if place is None:
             return None
         cost, number = loads.pop(place)
         bins[number].append(unit)
-        rooms[number] -= unit.positions
-        insort(loads, (cost + unit.cost, number))
+        rooms[number] -= positions[unit]
+        insort(loads, (cost + costs[unit], number))
     return bins
 
 
-def _even(bins: _Bins, budget: int) -> None:
-    """Costly bins swap units with cheap ones, the costliest with the cheapest, then with others."""
-    half = len(bins) // 2
-    for sweep in range(_SWEEPS):
-        bins.sort(key=_cost)
-        cheap = bins[sweep:half] + bins[:sweep]
-        for one, other in zip(reversed(bins), cheap):
-            _swap(one, other, budget)
-
-
-def _swap(dear: list[_Unit], cheap: list[_Unit], budget: int) -> None:
-    """Exchange the two units that bring the costs of two bins nearest to one another, if both have room for it."""
-    gap = (_cost(dear) - _cost(cheap)) / 2
-    if gap <= 0.001 * _cost(dear):
-        return
-    room, own_room = (budget - sum(unit.positions for unit in own) for own in (cheap, dear))
-    pairs = (
-        (abs(one.cost - other.cost - gap), i, j)
-        for i, one in enumerate(dear[:_LOOKED_AT])
-        for j, other in enumerate(cheap[:_LOOKED_AT])
-        if -own_room <= one.positions - other.positions <= room
-    )
-    left, i, j = min(pairs, default=(gap, 0, 0))
-    if left < gap:
-        dear[i], cheap[j] = cheap[j], dear[i]
+def _even(bins: list[list[int]], units: _Units, budget: int) -> list[list[int]]:
+    """The bins after costly ones have swapped units with cheap ones: the costliest with the cheapest, then others."""
+    width, half = max(map(len, bins)), len(bins) // 2
+    held = np.array([own + [-1] * (width - len(own)) for own in bins])  # unit -1 is none, and may be swapped, too
+    positions, costs = np.append(units.positions, 0), np.append(units.costs, 0)
+    for sweep in range(_SWEEPS if half else 0):
+        loads, taken = costs[held].sum(axis=1), positions[held].sum(axis=1)
+        order = np.argsort(loads, kind="stable")
+        dear, cheap = order[::-1][:half], np.roll(order[:half], -sweep)
+        one, other = held[dear, :_LOOKED_AT, None], held[cheap, None, :_LOOKED_AT]
+        more = positions[one] - positions[other]
+        fits = (taken[cheap, None, None] + more <= budget) & (taken[dear, None, None] - more <= budget)
+        gap = (loads[dear] - loads[cheap])[:, None, None]
+        left = np.where(fits, np.abs(gap - 2 * (costs[one] - costs[other])), gap)
+        best = left.reshape(half, -1).argmin(axis=1)
+        better = np.flatnonzero(left.min(axis=(1, 2)) < gap[:, 0, 0])
+        i, j = np.divmod(best[better], left.shape[2])
+        dear, cheap = dear[better], cheap[better]
+        held[dear, i], held[cheap, j] = held[cheap, j], held[dear, i]
+    return [own[own >= 0].tolist() for own in held]
 
 
 def positions_of(micro_batches: Sequence[MicroBatch], sizes: Sizes, cut: Cut) -> int:
@@ -280,7 +282,7 @@ def positions_of(micro_batches: Sequence[MicroBatch], sizes: Sizes, cut: Cut) ->
     if cut.budget is None:
         return sum(int(sizes.lengths[list(each.samples)].max()) * len(each.samples) for each in micro_batches)
     whole = sys.maxsize  # what is in one micro-batch stays together
-    return sum(unit.positions for each in micro_batches for unit in _units(each.samples, sizes, cut, whole))
+    return sum(int(_units(each.samples, sizes, cut, whole).positions.sum()) for each in micro_batches)
 
 
 def waste(plan: Plan, sizes: Sizes, cut: Cut) -> dict[str, float]:

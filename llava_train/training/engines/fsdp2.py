@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,11 +57,9 @@ class Fsdp2(Engine):
         """The optimizer over the shards."""
         self.module, self.optimizer = objective, self._adamw(objective, groups, optimization)
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Gradients meet over ranks in the backward pass of the last micro-batch."""
-        self.module.set_requires_gradient_sync(last)
-        yield
+    def accumulate(self, last: bool) -> Any:
+        """Gradients meet over ranks in every backward pass: those of a micro-batch would be whole until then."""
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a share of the loss. Ranks are averaged by FSDP, hence the factor."""
