@@ -2,8 +2,8 @@
 """What LLaVA-1.5 asks of a GPU's memory, by estimate, for docs/performance.md: `python scripts/memory_table.py`.
 
 The same estimate by which `speed.recompute: auto` decides, on models of no values: bf16 training of the 7B and 13B
-shapes, a micro-batch of 16,384 positions in stage 1 and 12,800 in stage 2. Kernels are taken to keep what those of a CPU
-keep.
+shapes, a micro-batch of 16,384 positions in stage 1 and 12,800 in stage 2. Kernels are taken to keep what those of a
+CPU keep.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Shapes: B = 1 row, H heads, G key-value heads (H a multiple of G), T positions, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Layout:
     def owners(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each position its stretch and that one's parent, both (T,)."""
         lengths = torch.tensor(self.lengths, device=self.device)
-        numbers = torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths)
+        size = sum(self.lengths)
+        numbers = torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths, output_size=size)
         return numbers, torch.tensor(self.parents, device=self.device)[numbers]
 
     @cached_property
@@ -155,6 +157,9 @@ def varlen(
 
     if dropout:
         raise RecipeError("speed.attention: varlen has no dropout in attention, which this language model asks for")
+    grouped: dict[str, Any] = {"enable_gqa": key.shape[1] != query.shape[1]} if "enable_gqa" in _varlen_takes() else {}
+    if not grouped:  # before torch 2.12
+        key, value = (_repeated(each, query.shape[1]) for each in (key, value))
     query_bounds, key_bounds, longest, longest_seen, places = layout.ragged
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
     if places is not None:
@@ -169,7 +174,7 @@ def varlen(
         longest_seen,
         scale=scale,
         window_size=(-1, 0),  # causal, counted from the last key
-        enable_gqa=key.shape[1] != query.shape[1],
+        **grouped,
     )
     return made.transpose(0, 1)[None]
 
@@ -184,10 +189,11 @@ def dense(
 
 
 def best(query: torch.Tensor) -> str:
-    """The attention for the device and precision of `query`."""
+    """The attention for the device and precision of `query`, and for this version of torch."""
     if query.device.type != "cuda":
         return "blocks"
-    return "varlen" if query.dtype in (torch.float16, torch.bfloat16) else "flex"
+    flash = query.dtype in (torch.float16, torch.bfloat16) and "window_size" in _varlen_takes()
+    return "varlen" if flash else "flex"
 
 
 def _attend(
@@ -204,6 +210,9 @@ def _attend(
     """What transformers' attention layers call; the result is (1, T, H, C)."""
     assert layout is not None, "a packed batch brings its layout"
     _refuse(module, layout, others)
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     kind = best(query) if layout.kind == "auto" else layout.kind
     made = ATTENTIONS[kind](query, key, value, layout, scale, dropout)
@@ -241,6 +250,16 @@ def use_packed_attention(language_model: PreTrainedModel) -> None:
 def _repeated(heads: torch.Tensor, count: int) -> torch.Tensor:
     """Key-value heads (1, G, T, C), each for its group of queries: (1, count, T, C)."""
     return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], dim=1)
+
+
+@cache
+def _varlen_takes() -> frozenset[str]:
+    """Names of what this torch's varlen attention takes; none before 2.10, `window_size` since 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 @cache

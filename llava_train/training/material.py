@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
+from llava_train.data.features import FeatureReader, forget_features
 from llava_train.data.micro_batches import Cut, MicroBatch, waste
 from llava_train.data.mixture import Mixture, Share, capped, mix
 from llava_train.data.pictures.media import Media
@@ -37,12 +38,17 @@ from llava_train.training.engines.ranks import Ranks
 from llava_train.training.loop import Course
 from llava_train.training.signals import shield_worker
 
+_SLACK = 1.125
+"""Positions of a micro-batch by those of `micro_batch_size` average samples: without slack, a step of as many samples
+would mostly need another one, half empty."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What a recipe reads: the training set with its mixture and, where it holds some out, the validation set.
 
-    `tokenizer` is the digest of the tokenizer they were made with.
+    `tokenizer` is the digest of the tokenizer they were made with; features, where a recipe has them made, are those of
+    the pictures of either set.
     """
 
     train: PreparedSet
@@ -50,6 +56,8 @@ class Prepared:
     mixture: Mixture
     validation_rows: np.ndarray
     tokenizer: str
+    train_features: FeatureReader | None = None
+    validation_features: FeatureReader | None = None
 
 
 def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
@@ -138,11 +146,15 @@ def prepare(recipe: Recipe, rebuild: bool = False) -> Prepared:
     encoders = encoders_of(recipe)
     tokenizer = next(iter(encoders.values())).tokenizer_digest
     train_set = prepare_set(sources_of(recipe, None, encoders), cache, "train", workers, rebuild)
+    if rebuild:
+        forget_features(cache, train_set)
     rows = [train_set.rows_of_source(number) for number in range(len(recipe.data.train))]
     shares = [Share(source.cap, source.repeat, source.weight) for source in recipe.data.train]
     if recipe.data.validation:
         sources = sources_of(recipe, recipe.data.validation, encoders)
         held_out = prepare_set(sources, cache, "validation", workers, rebuild)
+        if rebuild:
+            forget_features(cache, held_out)
         taken = [
             capped(held_out.rows_of_source(number), source.cap, recipe.seed, number)
             for number, source in enumerate(recipe.data.validation)
@@ -209,7 +221,7 @@ def cut_of(recipe: Recipe, prepared: PreparedSet, costs: Costs | None = None) ->
     longest, budget = int(prepared.lengths.max()), recipe.speed.micro_batch_tokens
     if budget is not None and budget < longest:
         raise RecipeError(f"speed.micro_batch_tokens: {budget} is less than the longest sample has, {longest} tokens")
-    budget = budget or max(longest, math.ceil(size * float(prepared.lengths.mean())))
+    budget = budget or max(longest, math.ceil(_SLACK * size * float(prepared.lengths.mean())))
     costly = (costs.pair_in_tokens, costs.image_in_tokens) if costs else (0.0, 0.0)
     return Cut(size, normalization, budget, recipe.speed.share_prefix, *costly)
 
@@ -229,8 +241,8 @@ def readers_of(
     cut = cut_of(recipe, prepared.train, costs)
     held_out = prepared.validation
     return (
-        BatchReader(prepared.train, images, pad_id, cut),
-        BatchReader(held_out, images, pad_id, cut) if held_out is not None else None,
+        BatchReader(prepared.train, prepared.train_features or images, pad_id, cut),
+        BatchReader(held_out, prepared.validation_features or images, pad_id, cut) if held_out is not None else None,
     )
 
 

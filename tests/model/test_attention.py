@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from llava_train.errors import RecipeError
+from llava_train.model import attention
 from llava_train.model.attention import ATTENTIONS, Layout, use_packed_attention
 
 CPU = torch.device("cpu")
@@ -30,15 +31,15 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(tuple(lengths), tuple(parents), CPU)
 
 
-def plain_varlen(query, key, value, cu_query, cu_key, max_q, max_k, *, scale, window_size, enable_gqa):
+def plain_varlen(query, key, value, cu_query, cu_key, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch.nn.attention.varlen.varlen_attn computes on a GPU, sequence by sequence."""
-    assert window_size == (-1, 0) and enable_gqa
+    assert window_size == (-1, 0)
     made = []
     for (a, b), (c, d) in zip(itertools.pairwise(cu_query), itertools.pairwise(cu_key)):
         assert b - a <= max_q and d - c <= max_k
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
         q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
-        made.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0])
+        made.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)[0])
     return torch.cat(made, dim=1).transpose(0, 1)
 
 
@@ -56,6 +57,24 @@ def test_every_attention_is_the_plain_one(kind: str, layout: Layout) -> None:
         given_tensors = tensors(sum(layout.lengths))
         made = ATTENTIONS[kind](*given_tensors, layout, 0.3, 0.0)
         torch.testing.assert_close(made, ATTENTIONS["dense"](*given_tensors, layout, 0.3, 0.0), atol=1e-6, rtol=1e-5)
+
+
+def test_an_older_torch_is_given_a_key_head_for_each_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11's varlen attention knows no groups."""
+    layout = Layout((3, 4, 2), (-1, 0, 0), CPU)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    monkeypatch.setattr(attention, "_varlen_takes", lambda: {"window_size"})
+    made = ATTENTIONS["varlen"](*tensors(9), layout, 0.3, 0.0)
+    torch.testing.assert_close(made, ATTENTIONS["dense"](*tensors(9), layout, 0.3, 0.0), atol=1e-6, rtol=1e-5)
+
+
+def test_autocast_gives_attention_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setitem(ATTENTIONS._rows, "spy", lambda q, k, v, *_: seen.extend((q.dtype, k.dtype, v.dtype)) or q)
+    query, key, value = tensors(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention._attend(torch.nn.Module(), query, key, value.bfloat16(), None, layout=Layout((4,), (-1,), CPU, "spy"))
+    assert set(seen) == {torch.bfloat16}
 
 
 @given(layout=layouts(), data=st.data())
