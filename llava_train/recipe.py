@@ -71,6 +71,7 @@ class SourceSettings:
 class DataSettings:
     """What is trained on, and how a record becomes tokens. `prepare_workers` 0 is one a core.
 
+    `feature_cache` sends each picture once through the frozen tower, before the first step, and keeps what comes out.
     `group_by_image` brings samples about one picture into the same step, where `speed.share_prefix` makes use of it.
     """
 
@@ -82,6 +83,7 @@ class DataSettings:
     group_by_image: bool = False
     exif_orientation: bool = False
     cache_dir: str = "runs/prepared"
+    feature_cache: bool = False
     prepare_workers: int = 0
     num_workers: int = 2
 
@@ -248,6 +250,11 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     checks: list[tuple[bool, tuple[str, ...], str]] = [
         (not recipe.init_from and not model.vision, ("model", "vision"), "name a vision encoder or set init_from"),
         (not recipe.init_from and not model.llm, ("model", "llm"), "name a language model or set init_from"),
+        (
+            data.feature_cache and tune.vision.mode != "frozen",
+            ("data", "feature_cache"),
+            f"features are made once, of a frozen encoder: tune.vision.mode is {tune.vision.mode}",
+        ),
         (tune.connector.mode == "lora", ("tune", "connector", "mode"), "a connector trains full or is frozen"),
         (
             {tune.vision.mode, tune.connector.mode, tune.llm.mode} == {"frozen"},

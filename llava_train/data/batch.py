@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, S supervised tokens, I images, 3 x H x W pixels; see `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, Protocol, TypeVar
@@ -209,11 +209,11 @@ class StepDataset(Dataset[list[Batch] | RecordError]):
 
 def load_steps(
     dataset: Dataset[_Item | RecordError], first: int, num_workers: int, at_start: Callable[[int], None] | None = None
-) -> Iterator[_Item]:
+) -> Generator[_Item, None, None]:
     """Items (steps) `first`, `first + 1`, ... decoded ahead by `num_workers` processes (0: in this one).
 
-    `at_start` is called in each of them with its number. Raises RecordError naming the sample whose picture cannot be
-    read any more.
+    `at_start` is called in each of them with its number; `close` ends them. Raises RecordError naming the sample whose
+    picture cannot be read any more.
     """
     loader = DataLoader(
         dataset,

@@ -26,6 +26,8 @@ from llava_train.data.preparing.prepared import PreparedSet, Row
 from llava_train.errors import DataError, RecordError
 from llava_train.files import ensure_space, flush, read_json, sha256_json, storage_faults, sweep, write_json
 
+FEATURES = "features"
+"""Folder of a cache that holds them."""
 FORMAT = "llava_train/features"
 VERSION = 1
 SYNC_S = 5.0
@@ -80,9 +82,10 @@ def _codes(prepared: PreparedSet) -> np.ndarray:
     file = _numbered([each["path"] for each in pieces])[piece]
     inside = pc.is_in(pc.struct_field(flat, "kind"), value_set=pa.array(["span", "cell"])).to_numpy()[kept]
     reading = _numbered([sha256_json([source["media"], source["aspect_ratio"]]) for source in sources])
-    # A reference into a container leaves its file out; one to a blob has the digest of the picture.
+    # A reference into a container leaves its file out; one to a blob has the digest of the picture. Of what kind it is
+    # shows in the other values.
     codes = _joined(np.where(inside, file + 1, 0), np.repeat(reading[prepared.source_of], prepared.counts("images")))
-    for name in ("path", "kind", "column"):
+    for name in ("path", "column"):
         words = pc.struct_field(flat, name).dictionary_encode().chunks
         codes = _joined(codes, np.concatenate([chunk.indices.to_numpy() for chunk in words])[kept])
     for name in ("at", "size"):
@@ -188,14 +191,14 @@ def _ranges_in(path: Path) -> list[tuple[int, int]]:
         return []
 
 
-def forget_features(folder: Path, contents: str) -> None:
-    """Remove what was made from a set of these contents: its pictures may have changed."""
-    for path in folder.glob("*.json"):
+def forget_features(cache_dir: Path, prepared: PreparedSet) -> None:
+    """Remove what was made of the pictures of a set: they may have changed."""
+    for path in (cache_dir / FEATURES).glob("*.json"):
         try:
-            made_from = read_json(path)["inputs"]["set"]
+            contents = read_json(path)["inputs"]["set"]
         except (DataError, KeyError, TypeError):
             continue
-        if made_from == contents:
+        if contents == prepared.contents:
             path.unlink()
             path.with_suffix(".bin").unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Course:
     """The material of a run: its plan, the steps in order, and the held-out batches."""
 
     plan: Plan
-    steps: Iterator[list[Batch]]
+    steps: Generator[list[Batch], None, None]
     validation: Callable[[], Iterator[Batch]] | None
 
 

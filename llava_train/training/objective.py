@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_train.data.batch import Batch
 from llava_train.model.attention import Layout
-from llava_train.model.vision import feature_shape, image_features, layers_above
+from llava_train.model.vision import feature_shape, image_features, layer_list, layers_above
 
 LOGITS_BYTES = 2**28
 """Logits that are in memory at a time, in float32."""
@@ -29,28 +29,37 @@ class Objective(nn.Module):
 
     Without a picture, connector and tower get no gradient from a micro-batch, and ranks that wait for one hang; where
     weights are spread over ranks (ZeRO-3, FSDP2), a rank that does not gather those of the tower keeps the others
-    waiting. So such a micro-batch is given a blank one times zero: blank features where only the connector trains,
-    blank pixels where the tower trains or is spread. Both go the way of pictures, module by module: ZeRO reduces
-    gradients, and fetches weights ahead, in the order in which modules were used, and ranks whose order differs would
-    add up gradients of different weights or wait for one another.
+    waiting. So such a micro-batch is given a blank one times zero: blank features where only the connector trains or
+    features were made before, blank pixels where the tower trains or is spread. Both go the way of pictures, module by
+    module: ZeRO reduces gradients, and fetches weights ahead, in the order in which modules were used, and ranks whose
+    order differs would add up gradients of different weights or wait for one another.
     """
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, shards_weights: bool = False, attention: str = "auto"
+        self,
+        model: LlavaForConditionalGeneration,
+        shards_weights: bool = False,
+        attention: str = "auto",
+        made_features: bool = False,
     ) -> None:
-        """`attention` names one of `llava_train.model.attention.ATTENTIONS` for packed batches, or is "auto"."""
+        """`attention` names one of `llava_train.model.attention.ATTENTIONS` for packed batches, or is "auto".
+
+        `made_features`: batches bring features, never pixels.
+        """
         super().__init__()
-        self.model, self.attention = model, attention
-        trained = {
-            "features": any(p.requires_grad for p in model.model.multi_modal_projector.parameters()),
-            "pixels": shards_weights or any(p.requires_grad for p in model.model.vision_tower.parameters()),
+        self.model, self.attention, self.made_features = model, attention, made_features
+        tower, connector = model.model.vision_tower, model.model.multi_modal_projector
+        needed = {
+            "features": shards_weights or any(p.requires_grad for p in connector.parameters()),
+            "pixels": not made_features and (shards_weights or any(p.requires_grad for p in tower.parameters())),
         }
-        self.blank: Blank = "pixels" if trained["pixels"] else "features" if trained["features"] else "nothing"
+        self.blank: Blank = "pixels" if needed["pixels"] else "features" if needed["features"] else "nothing"
 
     @property
     def idle_layers(self) -> list[nn.Module]:
         """Layers of the model that no batch runs."""
-        return layers_above(self.model)
+        tower = self.model.model.vision_tower
+        return list(getattr(*layer_list(tower))) if self.made_features else layers_above(self.model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""
@@ -93,7 +102,7 @@ def _embeddings(model: LlavaForConditionalGeneration, batch: Batch, blank: Blank
     if features_IPV is None:
         return embeddings_BTD
     features = model.model.multi_modal_projector(features_IPV).to(embeddings_BTD.dtype)
-    if batch.pixel_values is None:
+    if batch.pixel_values is None and batch.features is None:
         return embeddings_BTD + 0.0 * features.sum()
     places_BT1 = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
     return embeddings_BTD.masked_scatter(places_BT1, features)
@@ -103,6 +112,8 @@ def _features(
     model: LlavaForConditionalGeneration, batch: Batch, blank: Blank, like: torch.Tensor
 ) -> torch.Tensor | None:
     """What the connector reads, (I, P, V), or None where it need not."""
+    if batch.features is not None:
+        return batch.features.to(like.dtype)
     if batch.pixel_values is not None:
         return image_features(model, batch.pixel_values)
     if blank == "nothing":

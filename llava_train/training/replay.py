@@ -80,7 +80,7 @@ def replay(
     ranks = join_ranks(recipe)
     if recipe.optimization.precision == "fp16" and ranks.device.type == "cpu":
         raise RecipeError(f"{folder}: the run is in fp16, which needs a GPU; look at it with --precision bf16 or fp32")
-    changes = [*allowed, "optimization.precision"] if precision else allowed
+    changes = [*allowed, "optimization.precision", "data.feature_cache"] if precision else allowed
     try:
         setup = set_up(recipe, ranks, folder, changes, before=step)
         if not 1 <= step <= setup.plan.total_steps:
@@ -102,8 +102,10 @@ def _recipe_of(folder: Path, device: str | None, precision: str | None) -> Recip
     recipe = load_recipe(folder / RECIPE)
     where: Any = device or ("cpu" if recipe.engine.device == "cpu" else "auto")
     wanted: Any = precision or recipe.optimization.precision
+    cached = recipe.data.feature_cache and wanted == recipe.optimization.precision  # or the tower is looked at, too
     return replace(
         recipe,
+        data=replace(recipe.data, feature_cache=cached),
         engine=EngineSettings(kind="ddp", device=where),
         optimization=replace(recipe.optimization, precision=wanted),
     )

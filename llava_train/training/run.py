@@ -89,6 +89,7 @@ def _train(recipe: Recipe, setup: Setup, folder: Path, mirror: Mirror, watch: Wa
             ranks.barrier()  # the others may not leave while rank 0 uploads
         raise
     finally:
+        course.steps.close()  # its workers: an error that is kept would keep them, too, and the exit waits for them
         monitor.close()
     with watch.patient():
         _write_model(setup, folder / "final", state)

@@ -16,7 +16,7 @@ from llava_train.data.templates.fit import resolve_template
 from llava_train.model.assemble import Assembly, assemble, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
-from llava_train.model.costs import Costs, costs_of
+from llava_train.model.costs import Costs, Work, costs_of
 from llava_train.model.encoders import load_vision_config, vision_shape
 from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
@@ -27,6 +27,7 @@ from llava_train.training.checkpoints.resuming import load_state, newest, requir
 from llava_train.training.engines.base import Engine
 from llava_train.training.engines.choice import Load, device_memory, make_engine
 from llava_train.training.engines.ranks import Ranks
+from llava_train.training.features import with_features
 from llava_train.training.material import Prepared, cut_of, plan_of, prepare_in_turn
 from llava_train.training.objective import LOGITS_BYTES, Objective
 from llava_train.training.recompute import (
@@ -51,7 +52,7 @@ class Setup:
         layout: what of it a model folder holds.
         table: what trains, for the start.
         costs: FLOPs of the model's parts.
-        memory: what the run needs, by estimate.
+        memory: what the run needs, by estimate, where that decides what is recomputed.
         identity: what must not change on resume.
         state: where the run stands.
     """
@@ -65,7 +66,7 @@ class Setup:
     prepared: Prepared
     plan: Plan
     costs: Costs
-    memory: Memory
+    memory: Memory | None
     identity: dict[str, Any]
     state: RunState
 
@@ -90,17 +91,23 @@ def set_up(
     if checkpoint is not None:
         require_same_run(checkpoint, identity, allowed)
     groups = parameter_groups(assembly.model, recipe.tune, recipe.optimization)
-    costs = costs_of(assembly.model)
+    costs = costs_of(assembly.model, assembly.spec.image_size)
     planned = planned_dtypes(assembly.model, recipe.optimization.precision)
     engine, why = make_engine(recipe, ranks, _load(assembly, planned))
+    if recipe.data.feature_cache:
+        prepared, costs = with_features(recipe, prepared, assembly, ranks), replace(costs, image=Work())
     dtypes = engine.dtypes(planned)
     layout = own_layout(assembly, dtypes)
     table = tuning_table(assembly.model, recipe.tune, groups, dtypes)
-    memory = memory_of(recipe, assembly, prepared, engine, dtypes)
-    apply_recompute(assembly.model, memory.recomputed)
+    layers, memory = len(assembly.model.model.language_model.layers), None
+    if recipe.speed.recompute in ("auto", "selective"):
+        memory = memory_of(recipe, assembly, prepared, engine, dtypes)
+    apply_recompute(assembly.model, memory.recomputed if memory else layers * (recipe.speed.recompute == "full"))
     if recipe.speed.liger:
         use_liger(assembly.model)
-    objective = Objective(assembly.model, engine.shards_weights, recipe.speed.attention).train()
+    objective = Objective(
+        assembly.model, engine.shards_weights, recipe.speed.attention, recipe.data.feature_cache
+    ).train()
     engine.place(objective, dtypes)
     if recipe.speed.compile:
         compile_layers(assembly.model)
@@ -152,10 +159,10 @@ def memory_of(
     images = math.ceil(tokens * float((sizes.images / sizes.lengths).max()))
     logits = LOGITS_BYTES // (4 * assembly.model.lm_head.out_features)
     batch = MicroBatch(tokens, images, min(tokens, max(1, logits)))
-    length = math.ceil(float(sizes.lengths.mean()))
-    kept = measure_kept(
-        assembly.model, Conditions(dtypes, engine.autocast, device.type, length, recipe.speed.attention)
-    )
+    length = math.ceil(float(sizes.lengths.mean())) if cut.budget else int(sizes.lengths.max())
+    seen, size = engine.seen(dtypes), assembly.spec.image_size
+    conditions = Conditions(seen, engine.autocast, device.type, length, recipe.speed.attention, size)
+    kept = measure_kept(assembly.model, conditions)
     spread = Spread(**dict.fromkeys(engine.spreads, engine.ranks.world_size))
     resident = resident_bytes(assembly.model, dtypes, spread)
     layers = len(assembly.model.model.language_model.layers)
