@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -47,14 +47,21 @@ class Layout:
         return [sum(self.lengths[:number]) for number in range(len(self.lengths))]
 
     @cached_property
+    def alike(self) -> dict[tuple[int, int], list[int]]:
+        """Numbers of the stretches of each shape: (tokens, tokens that the last of them sees)."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, (length, parent) in enumerate(zip(self.lengths, self.parents)):
+            before = self.lengths[parent] if parent >= 0 else 0
+            groups.setdefault((length, before + length), []).append(number)
+        return groups
+
+    @cached_property
     def masks(self) -> dict[tuple[int, int], torch.Tensor]:
-        """For stretches with a parent, by (queries, keys): the last query sees every key, others fewer."""
-        kinds = {
-            (length, self.lengths[parent] + length) for length, parent in zip(self.lengths, self.parents) if parent >= 0
-        }
+        """For the shapes of stretches with a parent: the last query sees every key, others fewer; bool."""
         return {
             (queries, keys): torch.ones(queries, keys, dtype=torch.bool, device=self.device).tril(keys - queries)
-            for queries, keys in kinds
+            for queries, keys in self.alike
+            if keys > queries
         }
 
     @cached_property
@@ -117,23 +124,27 @@ ATTENTIONS: Registry[Attention] = Registry("attention")
 def blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, dropout: float
 ) -> torch.Tensor:
-    """Stretch by stretch: the work is that of the blocks. What a CPU wants, where a call costs little."""
+    """Stretch by stretch, those of one shape together: the work is that of the blocks. What a CPU wants."""
     key, value = (_repeated(each, query.shape[1]) for each in (key, value))
-    keys, values = (each.split(layout.lengths, dim=2) for each in (key, value))
-    outputs = []
-    for number, own in enumerate(query.split(layout.lengths, dim=2)):
-        parent = layout.parents[number]
-        if parent < 0:
-            seen, shown, mask = keys[number], values[number], None
-        else:
-            seen, shown = (torch.cat([each[parent], each[number]], dim=2) for each in (keys, values))
-            mask = layout.masks[own.shape[2], seen.shape[2]]
-        outputs.append(
-            scaled_dot_product_attention(
-                own, seen, shown, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
-            )
+    queries, keys, values = (each.split(layout.lengths, dim=2) for each in (query, key, value))
+    outputs: dict[int, torch.Tensor] = {}
+    for shape, numbers in layout.alike.items():
+        mask = layout.masks.get(shape)
+        seen, shown = (_with_parents(each, numbers, layout) for each in (keys, values))
+        own = torch.cat([queries[number] for number in numbers])
+        made = scaled_dot_product_attention(
+            own, seen, shown, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
         )
-    return torch.cat(outputs, dim=2)
+        outputs.update(zip(numbers, made.split(1)))
+    return torch.cat([outputs[number] for number in range(len(queries))], dim=2)
+
+
+def _with_parents(stretches: Sequence[torch.Tensor], numbers: list[int], layout: Layout) -> torch.Tensor:
+    """Of stretches of one shape what each sees: its parent's part, if it has one, then its own; one below the other."""
+    own = torch.cat([stretches[number] for number in numbers])
+    if layout.parents[numbers[0]] < 0:
+        return own
+    return torch.cat([torch.cat([stretches[layout.parents[number]] for number in numbers]), own], dim=2)
 
 
 @ATTENTIONS.register("flex")
@@ -222,10 +233,7 @@ def _attend(
 def _refuse(module: torch.nn.Module, layout: Layout, others: dict[str, Any]) -> None:
     """RecipeError for what a layer asks of its attention beyond scale and dropout."""
     asked = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    longest = max(
-        length + (layout.lengths[parent] if parent >= 0 else 0)
-        for length, parent in zip(layout.lengths, layout.parents)
-    )
+    longest = max(seen for _, seen in layout.alike)
     if (others.get("sliding_window") or math.inf) < longest:
         asked.append("sliding_window")
     if asked:

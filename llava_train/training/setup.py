@@ -99,12 +99,7 @@ def set_up(
     dtypes = engine.dtypes(planned)
     layout = own_layout(assembly, dtypes)
     table = tuning_table(assembly.model, recipe.tune, groups, dtypes)
-    layers, memory = len(assembly.model.model.language_model.layers), None
-    if recipe.speed.recompute in ("auto", "selective"):
-        memory = memory_of(recipe, assembly, prepared, engine, dtypes)
-    apply_recompute(assembly.model, memory.recomputed if memory else layers * (recipe.speed.recompute == "full"))
-    if recipe.speed.liger:
-        use_liger(assembly.model)
+    memory = _sped_up(recipe, assembly, prepared, engine, dtypes)
     objective = Objective(
         assembly.model, engine.shards_weights, recipe.speed.attention, recipe.data.feature_cache
     ).train()
@@ -147,6 +142,21 @@ def _tuned(recipe: Recipe, assembly: Assembly) -> Assembly:
         vision=replace(spec.vision, included=spec.vision.included or recipe.tune.vision.mode == "full"),
         llm=replace(spec.llm, included=spec.llm.included or recipe.tune.llm.mode == "full"),
     )
+
+
+def _sped_up(
+    recipe: Recipe, assembly: Assembly, prepared: Prepared, engine: Engine, dtypes: dict[str, torch.dtype]
+) -> Memory | None:
+    """Switch on what `speed` asks of a model before it is placed; the estimate, where recompute follows from one."""
+    memory, setting = None, recipe.speed.recompute
+    count = len(assembly.model.model.language_model.layers) if setting == "full" else 0
+    if setting in ("auto", "selective"):
+        memory = memory_of(recipe, assembly, prepared, engine, dtypes)
+        count = memory.recomputed
+    apply_recompute(assembly.model, count)
+    if recipe.speed.liger:
+        use_liger(assembly.model)
+    return memory
 
 
 def memory_of(
