@@ -13,8 +13,8 @@ without any help, until the run has had its share of kills and ends.
     kills        processes killed while at work
     inside_save  the kill left an unfinished `checkpoints/.step-<n>*.tmp` that this very process had begun
     resumed      the command went on after the newest checkpoint there was; from the start where there was none
-    identical    the run ended with the reference's metrics.jsonl (every field but `seconds`, numbers compared as they
-                 are written) and the reference's final and best weights (sha256)
+    identical    the run ended with the reference's metrics.jsonl (all but `seconds` and `stall`, numbers compared as
+                 they are written) and the reference's final and best weights (sha256)
     left_behind  temporary files and folders that are still in the run folders after the runs' end
 
 One JSON comes last on stdout; progress goes to stderr. Exit status 0 when every kill is resumed and identical and at
@@ -67,7 +67,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says but for the wall time, its numbers as they are written."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line, parse_float=str, parse_int=str) for line in lines]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "stall")} for row in rows]
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

@@ -187,7 +187,7 @@ def _counted(
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result, _ = without_values(model, call, torch.empty(shape), dtypes={})
     counts = counter.get_flop_counts()
-    linear = sum(flops for operator, flops in counts["Global"].items() if str(operator) in _LINEAR)
+    linear = sum(flops for operator, flops in counts.get("Global", {}).items() if str(operator) in _LINEAR)
     adapters = sum(sum(flops.values()) for name, flops in counts.items() if name.endswith(_ADAPTERS))
     return Work(linear - adapters, counter.get_total_flops() - linear, adapters), result
 

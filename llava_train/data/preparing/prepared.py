@@ -157,7 +157,7 @@ class PreparedSet:
         media = [json.dumps([source["media"], source["aspect_ratio"]], sort_keys=True) for source in sources]
         read_alike = np.unique(media, return_inverse=True)[1][self.source_of]
         own = self.column("prefix_key")
-        pairs = np.rec.fromarrays([own, read_alike])
+        pairs = np.unique(own, return_inverse=True)[1] * (read_alike.max(initial=0) + 1) + read_alike
         return np.where(own == 0, 0, np.unique(pairs, return_inverse=True)[1] + 1)
 
     @cached_property
