@@ -46,6 +46,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava_train.files import sha256_file
+from llava_train.training.monitor import CLOCK
 from scripts.forked_training import STAGES, STEPS, Training, load_everything, make_recipe
 
 PATIENCE_S = 180
@@ -67,7 +68,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says but for the wall time, its numbers as they are written."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line, parse_float=str, parse_int=str) for line in lines]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "stall")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

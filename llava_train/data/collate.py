@@ -20,7 +20,7 @@ from llava_train.data.encode import IGNORE
 
 
 class Tokens(Protocol):
-    """What collating needs of a row: both arrays (tokens,) int64, and the tokens it may share with its neighbours."""
+    """What collating needs of a row: both arrays (tokens,) int64."""
 
     @property
     def input_ids(self) -> np.ndarray: ...  # noqa: D102

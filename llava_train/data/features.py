@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_train.data.batch import Gives, ImageReader
-from llava_train.data.preparing.prepared import PreparedSet, Row
+from llava_train.data.preparing.prepared import PreparedSet, Row, joined, numbered
 from llava_train.errors import DataError, RecordError
 from llava_train.files import ensure_space, flush, read_json, sha256_json, storage_faults, sweep, write_json
 
@@ -79,28 +78,17 @@ def _codes(prepared: PreparedSet) -> np.ndarray:
     kept = np.isin(rows, prepared.kept_rows)
     pieces = [piece for source in sources for piece in source["pieces"] if piece["kept"]]
     piece = np.repeat(np.arange(len(pieces)), [each["kept"] for each in pieces])[rows[kept]]
-    file = _numbered([each["path"] for each in pieces])[piece]
+    file = numbered([each["path"] for each in pieces])[piece]
     inside = pc.is_in(pc.struct_field(flat, "kind"), value_set=pa.array(["span", "cell"])).to_numpy()[kept]
-    reading = _numbered([sha256_json([source["media"], source["aspect_ratio"]]) for source in sources])
     # A reference into a container leaves its file out; one to a blob has the digest of the picture. Of what kind it is
     # shows in the other values.
-    codes = _joined(np.where(inside, file + 1, 0), np.repeat(reading[prepared.source_of], prepared.counts("images")))
+    codes = joined(np.where(inside, file + 1, 0), np.repeat(prepared.read_alike, prepared.counts("images")))
     for name in ("path", "column"):
         words = pc.struct_field(flat, name).dictionary_encode().chunks
-        codes = _joined(codes, np.concatenate([chunk.indices.to_numpy() for chunk in words])[kept])
+        codes = joined(codes, np.concatenate([chunk.indices.to_numpy() for chunk in words])[kept])
     for name in ("at", "size"):
-        codes = _joined(codes, pc.struct_field(flat, name).to_numpy()[kept])
+        codes = joined(codes, pc.struct_field(flat, name).to_numpy()[kept])
     return codes
-
-
-def _numbered(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    return np.unique(values, return_inverse=True)[1]
-
-
-def _joined(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Numbers that are equal where both are."""
-    two = _numbered(two)
-    return _numbered(one * (two.max(initial=0) + 1) + two)
 
 
 @dataclass(frozen=True, eq=False)

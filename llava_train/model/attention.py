@@ -147,13 +147,17 @@ def _with_parents(stretches: Sequence[torch.Tensor], numbers: list[int], layout:
     return torch.cat([torch.cat([stretches[layout.parents[number]] for number in numbers]), own], dim=2)
 
 
+def _without_dropout(kind: str, dropout: float) -> None:
+    if dropout:
+        raise RecipeError(f"speed.attention: {kind} has no dropout in attention, which this language model asks for")
+
+
 @ATTENTIONS.register("flex")
 def flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, dropout: float
 ) -> torch.Tensor:
     """PyTorch's flex attention, compiled where there is a GPU. RecipeError for dropout, which it does not have."""
-    if dropout:
-        raise RecipeError("speed.attention: flex has no dropout in attention, which this language model asks for")
+    _without_dropout("flex", dropout)
     grouped = key.shape[1] != query.shape[1]
     attend = _flex(query.device.type)
     return attend(query, key, value, block_mask=layout.block_mask, scale=scale, enable_gqa=grouped)
@@ -166,8 +170,7 @@ def varlen(
     """PyTorch's varlen attention (the flash kernels): CUDA, half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise RecipeError("speed.attention: varlen has no dropout in attention, which this language model asks for")
+    _without_dropout("varlen", dropout)
     grouped: dict[str, Any] = {"enable_gqa": key.shape[1] != query.shape[1]} if "enable_gqa" in _varlen_takes() else {}
     if not grouped:  # before torch 2.12
         key, value = (_repeated(each, query.shape[1]) for each in (key, value))

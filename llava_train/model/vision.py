@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
+from llava_train.model.assemble import widths
 from llava_train.model.encoders import vision_shape
 
 
@@ -33,10 +34,8 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
 def feature_shape(model: LlavaForConditionalGeneration) -> tuple[int, int]:
     """Positions and width of what the connector reads of a picture of the tower's own size, (P, V)."""
     config = model.config
-    shape = vision_shape(config.vision_config)
-    layers = config.vision_feature_layer
-    count = len(layers) if isinstance(layers, list) else 1
-    return shape.tokens(config.vision_feature_select_strategy), shape.hidden_size * count
+    positions = vision_shape(config.vision_config).tokens(config.vision_feature_select_strategy)
+    return positions, widths(config).vision
 
 
 def feature_layers(tower: PreTrainedModel, chosen: int | list[int]) -> list[int]:
@@ -49,9 +48,8 @@ def _hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layers: l
     found: dict[int, torch.Tensor] = {}
     owner, name = layer_list(tower)
     every = getattr(owner, name)
-    needed = max(1, *layers)  # the first one shows what it reads
     with ExitStack() as stack:
-        stack.enter_context(_shortened(owner, name, needed))
+        stack.enter_context(_shortened(owner, name, _run(layers)))
         for number in {*layers} - {0}:
             keep = partial(_keep, found, number)
             stack.callback(every[number - 1].register_forward_hook(keep).remove)
@@ -64,8 +62,13 @@ def _hidden_states(tower: PreTrainedModel, pixel_values: torch.Tensor, layers: l
 def layers_above(model: LlavaForConditionalGeneration) -> list[nn.Module]:
     """The tower's layers that `image_features` does not run."""
     tower = model.model.vision_tower
-    deepest = max(1, *feature_layers(tower, model.config.vision_feature_layer))
-    return list(getattr(*layer_list(tower)))[deepest:]
+    run = _run(feature_layers(tower, model.config.vision_feature_layer))
+    return list(getattr(*layer_list(tower)))[run:]
+
+
+def _run(layers: list[int]) -> int:
+    """How many of the tower's layers are run for these hidden states: one at least, which shows what it reads."""
+    return max(1, *layers)
 
 
 def layer_list(tower: PreTrainedModel) -> tuple[nn.Module, str]:

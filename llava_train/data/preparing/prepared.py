@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +82,17 @@ def as_row(values: dict[str, Any], origin: Origin, image_token_id: int) -> Row:
     )
 
 
+def numbered(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """Numbers from 0 that are equal where the values are."""
+    return np.unique(values, return_inverse=True)[1]
+
+
+def joined(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Numbers from 0 that are equal where both (of numbers from 0, and of any) are."""
+    two = numbered(two)
+    return numbered(one * (two.max(initial=0) + 1) + two)
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedSet:
     """A prepared set on disk: `folder` has its `prepared.json`, the pieces lie beside it."""
@@ -153,12 +164,14 @@ class PreparedSet:
 
         A row's own hash says nothing of where its source's pictures lie and how they are read.
         """
-        sources = self.info["sources"]
-        media = [json.dumps([source["media"], source["aspect_ratio"]], sort_keys=True) for source in sources]
-        read_alike = np.unique(media, return_inverse=True)[1][self.source_of]
         own = self.column("prefix_key")
-        pairs = np.unique(own, return_inverse=True)[1] * (read_alike.max(initial=0) + 1) + read_alike
-        return np.where(own == 0, 0, np.unique(pairs, return_inverse=True)[1] + 1)
+        return np.where(own == 0, 0, joined(numbered(own), self.read_alike) + 1)
+
+    @property
+    def read_alike(self) -> np.ndarray:
+        """Equal where pictures lie in the same place and are read in the same way, (samples,)."""
+        sources = self.info["sources"]
+        return numbered([sha256_json([source["media"], source["aspect_ratio"]]) for source in sources])[self.source_of]
 
     @cached_property
     def lengths(self) -> np.ndarray:
