@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llava_train.recipe import Recipe, SourceSettings
+    from llava_train.recipe import DataSettings, ModelSettings, Recipe, SourceSettings
 
 
 def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
@@ -14,6 +15,16 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     checks: list[tuple[bool, tuple[str, ...], str]] = [
         (not recipe.init_from and not model.vision, ("model", "vision"), "name a vision encoder or set init_from"),
         (not recipe.init_from and not model.llm, ("model", "llm"), "name a language model or set init_from"),
+        *_model_faults(model, data),
+        (
+            tune.connector.layer_decay is not None,
+            ("tune", "connector", "layer_decay"),
+            "a connector has no such layers",
+        ),
+        *(
+            (decay is not None and not 0 < decay <= 1, ("tune", part, "layer_decay"), "must be above 0 and at most 1")
+            for part, decay in (("vision", tune.vision.layer_decay), ("llm", tune.llm.layer_decay))
+        ),
         (
             data.feature_cache and tune.vision.mode != "frozen",
             ("data", "feature_cache"),
@@ -102,6 +113,40 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         shared = source.weight is not None or source.repeat != 1.0
         checks.append((shared, ("data", "validation", str(index)), "weight and repeat are for training; use cap"))
     return [(key, message) for wrong, key, message in checks if wrong]
+
+
+def _model_faults(model: ModelSettings, data: DataSettings) -> list[tuple[bool, tuple[str, ...], str]]:
+    tiled = model.image_aspect_ratio.startswith("anyres")
+    points = model.image_grid_pinpoints or []
+    return [
+        (
+            re.fullmatch(r"pad|square|crop|anyres|anyres_max_[1-9]\d?", model.image_aspect_ratio) is None,
+            ("model", "image_aspect_ratio"),
+            f"{model.image_aspect_ratio!r}: choose one of pad, square, crop, anyres, anyres_max_N (N tiles, e.g. 9)",
+        ),
+        (bool(points) and not tiled, ("model", "image_grid_pinpoints"), "is for image_aspect_ratio anyres"),
+        (
+            any(len(point) != 2 or min(point) < 1 for point in points),
+            ("model", "image_grid_pinpoints"),
+            "must be pairs of height and width in pixels",
+        ),
+        (
+            model.small_as_one_tile and not model.image_aspect_ratio.startswith("anyres_max_"),
+            ("model", "small_as_one_tile"),
+            "is for image_aspect_ratio anyres_max_N",
+        ),
+        (
+            tiled and model.fusion != "tokens",
+            ("model", "image_aspect_ratio"),
+            "tiles are put together as tokens; with fusion cross_attention choose pad, square or crop",
+        ),
+        (
+            bool(model.fusion_options) and model.fusion == "tokens",
+            ("model", "fusion_options"),
+            "are for fusion cross_attention",
+        ),
+        (tiled and data.feature_cache, ("data", "feature_cache"), "holds one square picture, not tiles"),
+    ]
 
 
 def _source_faults(source: SourceSettings) -> list[tuple[bool, str, str]]:

@@ -12,25 +12,30 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import PreTrainedModel, TextIteratorStreamer
 
 from llava_train.data.encode import control_pattern
-from llava_train.data.pictures.images import pixel_values
+from llava_train.data.pictures.shapes import Picture, Shape, Shown
+from llava_train.data.pictures.shaping import build_shape
 from llava_train.data.templates.fit import stop_token
 from llava_train.data.templates.template import has_marks, portable
 from llava_train.errors import DataError
 from llava_train.model.assemble import Assembly
+from llava_train.model.families.base import Pictures
+from llava_train.model.families.questions import padded, questions_in, reads_text
+from llava_train.model.families.table import family_of
 from llava_train.model.llm import IMAGE_TOKEN
+from llava_train.model.spec import ModelSpec
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with the user's turn, and its pictures' pixels (3, H, W) in reading order."""
+    """A conversation that ends with the user's turn, and its pictures in reading order."""
 
     messages: tuple[Message, ...]
-    pixels: tuple[torch.Tensor, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 def message(role: str, text: str, images: int = 0) -> Message:
@@ -38,13 +43,20 @@ def message(role: str, text: str, images: int = 0) -> Message:
     return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def read_pixels(assembly: Assembly, image: Image.Image) -> torch.Tensor:
-    """(3, H, W) of one RGB picture."""
-    return pixel_values([image], assembly.image_processor)[0]
+def shape_of(spec: ModelSpec, image_processor: Any) -> Shape:
+    """How a model's pictures become pixels and tokens."""
+    return build_shape(spec.architecture, image_processor, spec.image_tokens, spec.picture_options)
+
+
+def read_pictures(assembly: Assembly, images: Sequence[Image.Image]) -> tuple[Picture, ...]:
+    """The RGB pictures of a conversation as the model reads them."""
+    shape = shape_of(assembly.spec, assembly.image_processor)
+    shown = [Shown(image.width, image.height, alone=len(images) == 1) for image in images]
+    return tuple(map(shape.picture, images, shown))
 
 
 def render(assembly: Assembly, messages: Sequence[Message]) -> str:
-    """The prompt as text, one `<image>` a picture, up to where the assistant is to speak."""
+    """The prompt as text, one place a picture, up to where the assistant is to speak."""
     control = control_pattern(assembly.tokenizer, assembly.template)
     for part in (part for each in messages for part in each["content"]):
         found = control.search(part.get("text", ""))
@@ -59,35 +71,59 @@ def render(assembly: Assembly, messages: Sequence[Message]) -> str:
     except Exception as error:  # a template is a program, and can fail in any way
         raise DataError(f"the model's chat template cannot be rendered: {error}") from error
     assert isinstance(text, str)
-    return text
+    # Our templates write `<image>` for a picture; a model's own writes what its family says.
+    return text.replace(IMAGE_TOKEN, family_of(assembly.model).marker)
 
 
 def prompt_ids(assembly: Assembly, prompt: Prompt) -> list[int]:
     """Ids of the prompt with every picture expanded. Raises DataError where pictures and places differ."""
     text = render(assembly, prompt.messages)
-    places = text.count(IMAGE_TOKEN)
-    if places != len(prompt.pixels):
-        raise DataError(f"the prompt has {places} places for pictures, {len(prompt.pixels)} were given")
-    expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * assembly.spec.image_tokens)
+    token = family_of(assembly.model).image_token
+    pieces = text.split(token)
+    if len(pieces) - 1 != len(prompt.pictures):
+        raise DataError(f"the prompt has {len(pieces) - 1} places for pictures, {len(prompt.pictures)} were given")
+    places = [token * picture.tokens for picture in prompt.pictures]
+    expanded = "".join(piece + place for piece, place in zip(pieces, [*places, ""]))
     # The template writes whatever begins a prompt, as it does in training.
     ids: list[int] = assembly.tokenizer(expanded, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def batch_inputs(assembly: Assembly, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """Model inputs of several prompts, left-padded: `input_ids`, `attention_mask`, `pixel_values`."""
+    """What the model's `forward` and `generate` take for several prompts, left-padded."""
     ids = [prompt_ids(assembly, prompt) for prompt in prompts]
+    text = None
+    if reads_text(assembly.model) and any(prompt.pictures for prompt in prompts):
+        questions = [each for prompt in prompts for each in _questions(assembly, prompt)]
+        text = padded(questions, assembly.model.device)
     length = max(map(len, ids))
     pad = int(assembly.tokenizer.pad_token_id or 0)
     model = assembly.model
-    inputs = {
-        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in ids]),
-        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids]),
-    }
-    pixels = [each for prompt in prompts for each in prompt.pixels]
-    if pixels:
-        inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    pictures = [each for prompt in prompts for each in prompt.pictures]
+    with torch.inference_mode():
+        return family_of(model).prompt_inputs(model, input_ids, mask, _joined(pictures, model, text))
+
+
+def _joined(
+    pictures: Sequence[Picture], model: PreTrainedModel, text: tuple[torch.Tensor, torch.Tensor] | None
+) -> Pictures | None:
+    if not pictures:
+        return None
+    pixels = torch.cat([picture.pixels for picture in pictures]).to(model.device, model.dtype)
+    facts = {name: torch.stack([picture.facts[name] for picture in pictures]) for name in pictures[0].facts}
+    return Pictures(pixels, None, facts, text)
+
+
+def _questions(assembly: Assembly, prompt: Prompt) -> list[list[int]]:
+    """What is asked about each picture, as in training: the text behind it up to where its turn is answered."""
+    asked = [number for number, each in enumerate(prompt.messages) if each["role"] == "user"]
+    turns = [prompt.messages[: number + 1] for number in asked]
+    shown = [sum(part["type"] == "image" for each in turn for part in each["content"]) for turn in turns]
+    ends = [len(prompt_ids(assembly, Prompt(turn, prompt.pictures[:count]))) for turn, count in zip(turns, shown)]
+    config = assembly.model.config
+    return questions_in(prompt_ids(assembly, prompt), config.image_token_id, config.image_seq_length, ends)
 
 
 def answer(assembly: Assembly, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
@@ -95,14 +131,15 @@ def answer(assembly: Assembly, prompts: Sequence[Prompt], max_new_tokens: int, t
     inputs = batch_inputs(assembly, prompts)
     with torch.inference_mode():
         output = assembly.model.generate(**inputs, **_options(assembly, max_new_tokens, temperature))
-    new = output[:, inputs["input_ids"].shape[1] :]
+    # Where embeddings go in, only what is new comes out.
+    new = output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
     return [text.strip() for text in assembly.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def stream(assembly: Assembly, prompt: Prompt, max_new_tokens: int, temperature: float = 0.0) -> Iterator[str]:
     """Pieces of one answer as they come; an error of the model is raised here, not lost in its thread."""
-    streamer = TextIteratorStreamer(assembly.tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = batch_inputs(assembly, [prompt])
+    streamer = TextIteratorStreamer(assembly.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def work() -> None:

@@ -22,9 +22,15 @@ Mode = Literal["frozen", "full", "lora"]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which parts make the model. `vision` and `llm` are folders or hub ids; `llm` may be a GGUF file."""
+    """Which parts make the model. `vision` and `llm` are folders or hub ids; `llm` may be a GGUF file.
 
-    vision: str = ""
+    Several `vision` encoders stand side by side: their features are joined position by position. `image_aspect_ratio`
+    may also be `anyres` (tiles, LLaVA-NeXT) or `anyres_max_N` (LLaVA-OneVision); `image_grid_pinpoints` are then the
+    sizes in pixels, height and width, that a picture is fitted into. `fusion: cross_attention` lets the decoder look at
+    pictures through gated layers of its own instead of reading them as tokens.
+    """
+
+    vision: str | list[str] = ""
     llm: str = ""
     vision_revision: str | None = None
     llm_revision: str | None = None
@@ -33,7 +39,11 @@ class ModelSettings:
     vision_feature_layer: int | list[int] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     image_size: int | None = None
-    image_aspect_ratio: Literal["pad", "square", "crop"] = "pad"
+    image_aspect_ratio: str = "pad"
+    image_grid_pinpoints: list[list[int]] | None = None
+    small_as_one_tile: bool = False
+    fusion: Literal["tokens", "cross_attention"] = "tokens"
+    fusion_options: dict[str, Any] = field(default_factory=dict)
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 
@@ -91,10 +101,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class PartTuning:
-    """How one part trains. Without a rate of its own it uses `optimization.learning_rate`."""
+    """How one part trains. Without a rate of its own it uses `optimization.learning_rate`.
+
+    `layer_decay` multiplies the rate once for each layer further from the part's last one.
+    """
 
     mode: Mode = "frozen"
     learning_rate: float | None = None
+    layer_decay: float | None = None
 
 
 @dataclass(frozen=True)

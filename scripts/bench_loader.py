@@ -46,8 +46,10 @@ from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_s
 from llava_train.data.encode import Encoder
 from llava_train.data.micro_batches import Cut
 from llava_train.data.mixture import Mixture
-from llava_train.data.pictures.images import decode_image, with_aspect_ratio
+from llava_train.data.pictures.images import decode_image
 from llava_train.data.pictures.media import Media
+from llava_train.data.pictures.processors import with_aspect_ratio
+from llava_train.data.pictures.shapes import Square
 from llava_train.data.plan import Plan
 from llava_train.data.preparing.prepare import prepare_set
 from llava_train.data.preparing.prepared import PreparedSet
@@ -133,7 +135,7 @@ def image_reader() -> ImageReader:
     """What reads pictures in training, for CLIP-L/14-336, without its memory."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    reader = ImageReader(with_aspect_ratio(CLIPImageProcessorPil(), "pad", SIDE))
+    reader = ImageReader(Square(with_aspect_ratio(CLIPImageProcessorPil(), "pad", SIDE), TOKENS))
     reader.budget = 0
     return reader
 
@@ -185,7 +187,7 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     reader, media = image_reader(), Media(folder)
     refs = [ImageRef(f"{number}.jpg") for number in range(options.images)]
-    preprocess = rate(lambda ref: reader.read(ref, media), refs)
+    preprocess = rate(lambda ref: reader.read([ref], media), refs)
     rows, pad_id = prepared(folder, options.images)
     loader = {
         str(workers): loaded(rows, pad_id, workers)

@@ -24,13 +24,15 @@ from safetensors.torch import load_file
 from llava_train.data.batch import Batch, batch_of
 from llava_train.data.collate import pack, pad
 from llava_train.data.encode import IGNORE
-from llava_train.data.pictures.images import build_image_processor, open_image, pixel_values
+from llava_train.data.pictures.images import open_image
+from llava_train.data.pictures.processors import build_image_processor, pixel_values
+from llava_train.data.pictures.shapes import Picture
 from llava_train.errors import LlavaTrainError
 from llava_train.files import read_json
-from llava_train.model.assemble import join, llava_config, widths
+from llava_train.model.assemble import join, model_config, see, widths
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.connectors import build_connector
-from llava_train.model.encoders import load_vision_tower, vision_shape
+from llava_train.model.encoders import load_vision_tower
 from llava_train.model.llm import load_llm
 from llava_train.recipe import ModelSettings
 from llava_train.training.objective import Objective
@@ -58,13 +60,12 @@ def build(folder: Path, expected: dict[str, Any]) -> Objective:
     tower, llm = load_vision_tower(settings.vision).float(), load_llm(settings.llm, "sdpa").float()
     used = {token for part in expected.values() for record in part["records"] for token in record["input_ids"]}
     image_id = max(set(range(llm.config.vocab_size)) - used)
-    positions = vision_shape(tower.config).tokens("default")
-    config = llava_config(settings, tower, llm, image_id, 0, positions)
+    config = model_config(settings, see(settings), llm.config, (image_id, 0))
     connector = build_connector("mlp2x_gelu", widths(config), config, {})
     names = {"0": "linear_1", "2": "linear_2"}
     weights = {_renamed(key, names): value for key, value in load_file(folder / "mm_projector.safetensors").items()}
     connector.load_state_dict(weights, strict=True)
-    return Objective(join(config, tower, llm, connector))
+    return Objective(join("llava", config, tower, llm, connector, None))
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:
@@ -95,7 +96,8 @@ def one_batch(made: list[Tokenised], pixels: list[Any], packed: bool) -> Batch:
     """One batch, padded or packed, in which every supervised token counts alike."""
     weights = [1.0 / sum(int((row.labels[1:] != IGNORE).sum()) for row in made)] * len(made)
     collated = pack([(0, [row]) for row in made], weights) if packed else pad(made, weights, pad_id=0)
-    return batch_of(collated, [p for p in pixels if p is not None], [row.id for row in made], {})
+    pictures = [Picture(each[None]) for each in pixels if each is not None]
+    return batch_of(collated, pictures, [row.id for row in made], {})
 
 
 def compare(folder: Path) -> dict[str, Any]:

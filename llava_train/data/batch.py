@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_train.data.collate import Collated, pack, pad
 from llava_train.data.micro_batches import Cut, MicroBatch, deal
-from llava_train.data.pictures.images import AspectRatio, pixel_values, with_aspect_ratio
 from llava_train.data.pictures.media import Media, open_picture
+from llava_train.data.pictures.processors import AspectRatio
+from llava_train.data.pictures.shapes import Picture, Shape, Shown, shown_in
 from llava_train.data.plan import Plan
 from llava_train.data.preparing.prepared import PreparedSet, Row
 from llava_train.data.sample import ImageRef
@@ -51,9 +52,13 @@ class Batch:
     weights: torch.Tensor
     """(S,), their weights in the step's loss"""
     pixel_values: torch.Tensor | None
-    """(I, 3, H, W) in reading order; None for text only, or where `features` take their place"""
+    """Pieces of the pictures in reading order, (pieces, ...): (I, 3, H, W) where a picture is one; None for text only,
+    or where `features` take their place"""
     features: torch.Tensor | None
     """(I, P, V) bf16 in reading order, what the connector reads, where they were made before"""
+    facts: dict[str, torch.Tensor]
+    """What else the model must know of each picture, (I, ...) by name; see `llava_train.data.pictures.shapes`. They
+    stay on the CPU: sizes decide the shapes of tensors"""
     ids: tuple[str, ...]
     """id and place of each sample, for messages"""
     counts: dict[str, int]
@@ -68,8 +73,8 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 class PictureReader(Protocol):
@@ -77,57 +82,64 @@ class PictureReader(Protocol):
 
     gives: Gives
 
-    def pictures(self, sample: int, row: Row, shared: int) -> list[torch.Tensor]:
+    def pictures(self, sample: int, row: Row, shared: int) -> list[Picture]:
         """Those of a sample of the set without the first `shared`, which stand before it; RecordError names it."""
 
 
 class ImageReader:
-    """Pixels of pictures; small ones that come again are kept, up to 256 MB."""
+    """Pictures in a model's shape; small ones that come again are kept, up to 256 MB."""
 
     budget = 256 * 2**20
     gives: Gives = "pixel_values"
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self._shaped: dict[str | None, Any] = {None: processor}
-        self._kept: dict[tuple[ImageRef, Media, str | None], torch.Tensor] = {}
+    def __init__(self, shape: Shape) -> None:
+        self._shapes: dict[str | None, Shape] = {None: shape}
+        self._kept: dict[tuple[ImageRef, Media, Shown, str | None], Picture] = {}
         self._bytes = 0
 
-    def read(self, ref: ImageRef, media: Media, aspect_ratio: AspectRatio | None = None) -> torch.Tensor:
-        """(3, H, W) float32, brought to shape by `aspect_ratio` or else as the processor does."""
-        key = (ref, media, aspect_ratio)
+    def read(
+        self, images: Sequence[ImageRef], media: Media, aspect_ratio: AspectRatio | None = None, first: int = 0
+    ) -> list[Picture]:
+        """The pictures of a conversation from `first` on, brought to shape by `aspect_ratio` or as the model has it."""
+        shown = shown_in(images, [0] * 2 * len(images))
+        return [self._read(ref, media, each, aspect_ratio) for ref, each in list(zip(images, shown))[first:]]
+
+    def _read(self, ref: ImageRef, media: Media, shown: Shown, aspect_ratio: AspectRatio | None) -> Picture:
+        key = (ref, media, shown, aspect_ratio)
         if key not in self._kept:
-            pixels = pixel_values([open_picture(ref, media)], self._processor(aspect_ratio))[0]
-            if self._bytes + pixels.nbytes > self.budget:
-                return pixels
-            self._kept[key] = pixels
-            self._bytes += pixels.nbytes
+            image = open_picture(ref, media)
+            seen = replace(shown, width=image.width, height=image.height)
+            picture = self._shape(aspect_ratio).picture(image, seen)
+            if self._bytes + picture.pixels.nbytes > self.budget:
+                return picture
+            self._kept[key] = picture
+            self._bytes += picture.pixels.nbytes
         return self._kept[key]
 
-    def pictures(self, sample: int, row: Row, shared: int) -> list[torch.Tensor]:
+    def pictures(self, sample: int, row: Row, shared: int) -> list[Picture]:
         """See `PictureReader`: a picture that cannot be read any more is told of the row's record."""
         try:
-            return [self.read(ref, row.media, row.aspect_ratio) for ref in row.images[shared:]]
+            return self.read(row.images, row.media, row.aspect_ratio, shared)
         except RecordError as error:
             raise error.of(f"{row.place} (id {row.id})") from error
 
-    def _processor(self, aspect_ratio: AspectRatio | None) -> Any:
-        if aspect_ratio is not None and aspect_ratio not in self._shaped:
-            size = int(self.processor.crop_size["height"])
-            self._shaped[aspect_ratio] = with_aspect_ratio(self.processor, aspect_ratio, size)
-        return self._shaped[aspect_ratio]
+    def _shape(self, aspect_ratio: AspectRatio | None) -> Shape:
+        if aspect_ratio not in self._shapes:
+            self._shapes[aspect_ratio] = self._shapes[None].reshaped(aspect_ratio)  # type: ignore[arg-type]
+        return self._shapes[aspect_ratio]
 
 
 def batch_of(
     collated: Collated,
-    pictures: Sequence[torch.Tensor],
+    pictures: Sequence[Picture],
     ids: Sequence[str],
     counts: dict[str, int],
     gives: Gives = "pixel_values",
 ) -> Batch:
     """Arrays as tensors."""
     mask = collated.attention_mask
-    stacked = torch.stack(list(pictures)) if pictures else None
+    pieces = torch.cat([picture.pixels for picture in pictures]) if pictures else None
+    names = pictures[0].facts if pictures else ()
     return Batch(
         torch.from_numpy(collated.input_ids),
         None if mask is None else torch.from_numpy(mask),
@@ -137,8 +149,9 @@ def batch_of(
         torch.from_numpy(collated.predictors),
         torch.from_numpy(collated.targets),
         torch.from_numpy(collated.weights),
-        stacked if gives == "pixel_values" else None,
-        stacked if gives == "features" else None,
+        pieces if gives == "pixel_values" else None,
+        pieces if gives == "features" else None,
+        {name: torch.stack([picture.facts[name] for picture in pictures]) for name in names},
         tuple(ids),
         counts,
     )

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llava_train.data.pictures.shapes import Shape, shown_in
 from llava_train.data.sample import IMAGE_MARKER, ImageRef, Sample, Turn
 from llava_train.data.templates.marking import PROBES, rendering
 from llava_train.errors import DataError, RecordError
@@ -83,21 +84,41 @@ class Encoder:
     Attributes:
         tokenizer: a fast tokenizer that knows `<image>` as one token.
         template: Jinja text with generation marks.
-        image_tokens: placeholders an image.
+        image_tokens: placeholders an image, or the shape that knows them of each.
         max_length: longest sequence in tokens, images included.
+        marker: what stands for a picture in the text, one image token in it.
+        image_token: that one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
-    image_tokens: int
+    image_tokens: int | Shape
     max_length: int
+    marker: str = IMAGE_MARKER
+    image_token: str = IMAGE_MARKER
     image_token_id: int = field(init=False)
     control: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Look up `<image>` and the control tokens once."""
         object.__setattr__(self, "control", control_pattern(self.tokenizer, self.template))
-        object.__setattr__(self, "image_token_id", self.tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
+        object.__setattr__(self, "image_token_id", self.tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @property
+    def sized(self) -> bool:
+        """Whether the tokens of a picture depend on its size."""
+        return not isinstance(self.image_tokens, int) and self.image_tokens.sized
+
+    @property
+    def shaping(self) -> Any:
+        """All that the tokens of a picture depend on, as JSON."""
+        return self.image_tokens if isinstance(self.image_tokens, int) else self.image_tokens.inputs
+
+    def tokens_of(self, images: Sequence[ImageRef], sizes: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of each picture of a conversation; `sizes` are width and height in turn (any, unless `sized`)."""
+        if isinstance(self.image_tokens, int):
+            return (self.image_tokens,) * len(images)
+        return tuple(map(self.image_tokens.tokens, shown_in(images, sizes)))
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -123,27 +144,31 @@ def _rendered(template: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
             yield rendering(template, tokenizer, probe)[0]
 
 
-def messages_of(sample: Sample) -> list[dict[str, str]]:
-    """The sample as chat messages, each picture written as `<image>`."""
+def messages_of(sample: Sample, marker: str = IMAGE_MARKER) -> list[dict[str, str]]:
+    """The sample as chat messages, each picture written as `marker`."""
     return [
         {
             "role": turn.role,
-            "content": "".join(IMAGE_MARKER if isinstance(part, ImageRef) else part for part in turn.parts),
+            "content": "".join(marker if isinstance(part, ImageRef) else part for part in turn.parts),
         }
         for turn in sample.turns
     ]
 
 
-def encode(sample: Sample, encoder: Encoder) -> Encoded:
+def encode(sample: Sample, encoder: Encoder, sizes: Sequence[int] = ()) -> Encoded:
     """Ids and labels of one sample; raises RecordError where `encode_many` would return it."""
-    (result,) = encode_many([sample], encoder)
+    (result,) = encode_many([sample], encoder, [sizes])
     if isinstance(result, RecordError):
         raise result
     return result
 
 
-def encode_many(samples: Sequence[Sample], encoder: Encoder) -> list[Encoded | RecordError]:
+def encode_many(
+    samples: Sequence[Sample], encoder: Encoder, sizes: Sequence[Sequence[int]] | None = None
+) -> list[Encoded | RecordError]:
     """Ids and labels of each sample, or the RecordError that says why it cannot be trained on.
+
+    `sizes` are width and height of each one's pictures in turn, where the encoder's tokens depend on them.
 
     A sample is refused when its text holds a control token, when truncation to `max_length` would cut an
     image, or when no supervised token is left.
@@ -151,9 +176,10 @@ def encode_many(samples: Sequence[Sample], encoder: Encoder) -> list[Encoded | R
     results: list[Encoded | RecordError | None] = [_text_fault(sample, encoder) for sample in samples]
     good = [index for index, result in enumerate(results) if result is None]
     if good:
-        rendered = _apply_template([messages_of(samples[i]) for i in good], encoder)
+        rendered = _apply_template([messages_of(samples[i], encoder.marker) for i in good], encoder)
         for index, ids, mask in zip(good, rendered["input_ids"], rendered["assistant_masks"]):
-            results[index] = _finish(samples[index], np.asarray(ids, np.int32), np.asarray(mask, np.int8), encoder)
+            own = () if sizes is None else sizes[index]
+            results[index] = _finish(samples[index], np.asarray(ids, np.int32), np.asarray(mask, np.int8), encoder, own)
     return [result for result in results if result is not None]
 
 
@@ -196,12 +222,14 @@ def _half_characters(text: str) -> bool:
     return False
 
 
-def _finish(sample: Sample, ids: np.ndarray, mask: np.ndarray, encoder: Encoder) -> Encoded | RecordError:
+def _finish(
+    sample: Sample, ids: np.ndarray, mask: np.ndarray, encoder: Encoder, sizes: Sequence[int]
+) -> Encoded | RecordError:
     expected = len(sample.images)
     found = int((ids == encoder.image_token_id).sum())
     if found != expected:
         return sample.fault(f"the template renders {found} images, expected {expected}", "marker_count")
-    image_tokens = (encoder.image_tokens,) * found
+    image_tokens = encoder.tokens_of(sample.images, sizes)
     # ends[n] is the expanded length of the first n folded tokens.
     ends = np.concatenate([[0], np.cumsum(_widths(ids, image_tokens, encoder.image_token_id))])
     length, kept = int(ends[-1]), int(np.searchsorted(ends, encoder.max_length, side="right")) - 1

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_train.data.batch import Gives, ImageReader
+from llava_train.data.pictures.shapes import Picture
 from llava_train.data.preparing.prepared import PreparedSet, Row, joined, numbered
 from llava_train.errors import DataError, RecordError
 from llava_train.files import ensure_space, flush, read_json, sha256_json, storage_faults, sweep, write_json
@@ -199,12 +200,12 @@ class FeatureReader:
     def __init__(self, store: FeatureStore, pictures: Pictures) -> None:
         self.store, self.places = store, pictures
 
-    def pictures(self, sample: int, row: Row, shared: int) -> list[torch.Tensor]:
-        """Those of a sample without its first `shared` pictures, (P, V) each in bf16."""
+    def pictures(self, sample: int, row: Row, shared: int) -> list[Picture]:
+        """Those of a sample without its first `shared` pictures, (1, P, V) each in bf16."""
         rows = self.places.numbers[self.places.starts[sample] + shared : self.places.starts[sample + 1]]
         if (rows < 0).any():
             raise ValueError(f"sample {sample} was left out when features were made")
-        return list(self.store.read(rows)) if len(rows) else []
+        return [Picture(features[None]) for features in self.store.read(rows)] if len(rows) else []
 
 
 class Writer:
@@ -262,10 +263,10 @@ class PictureBatches(Dataset[torch.Tensor | RecordError]):
     def __getitem__(self, item: int) -> torch.Tensor | RecordError:
         chosen = self.numbers[item * self.size : (item + 1) * self.size]
         try:
-            return torch.stack([self._pixels(*self.pictures.firsts[number].tolist()) for number in chosen])
+            return torch.cat([self._pixels(*self.pictures.firsts[number].tolist()) for number in chosen])
         except RecordError as error:
             return error
 
     def _pixels(self, sample: int, place: int) -> torch.Tensor:
         row = self.prepared.row(sample)
-        return self.reader.pictures(sample, replace(row, images=row.images[place : place + 1]), 0)[0]
+        return self.reader.pictures(sample, replace(row, images=row.images[place : place + 1]), 0)[0].pixels

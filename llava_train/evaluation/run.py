@@ -17,7 +17,7 @@ from llava_train.data.reading import read_samples
 from llava_train.data.sample import ImageRef, Sample
 from llava_train.errors import RecordError
 from llava_train.evaluation.metrics import constant_accuracy, exact_match, normalize
-from llava_train.inference import Prompt, answer, message
+from llava_train.inference import Prompt, answer, message, shape_of
 from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import load_model
 
@@ -119,16 +119,14 @@ def _ask(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    reader = ImageReader(assembly.image_processor)
+    reader = ImageReader(shape_of(assembly.spec, assembly.image_processor))
     answers = [""] * len(samples)
     # Prompts of like length share a batch, so little is padded.
     order = sorted(range(len(samples)), key=lambda index: sum(len(turn.text) for turn in samples[index].turns[:-1]))
     with tqdm(total=len(samples), desc="evaluate", unit=" records", delay=2) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            prompts = [
-                Prompt(_messages(samples[i]), tuple(reader.read(ref, media) for ref in images[i])) for i in chosen
-            ]
+            prompts = [Prompt(_messages(samples[i]), tuple(reader.read(images[i], media))) for i in chosen]
             for index, text in zip(chosen, answer(assembly, prompts, max_new_tokens)):
                 answers[index] = text
             bar.update(len(chosen))

@@ -1,6 +1,7 @@
-"""Target `hf`: a folder that stock transformers, and what builds on it, loads as LlavaForConditionalGeneration.
+"""Target `hf`: a folder that stock transformers, and what builds on it, loads: as LlavaForConditionalGeneration, or as
+the class that the model began as, in that class's own layout.
 
-Key names are those of the long-lived dialect (`language_model.*`, `vision_tower.vision_model.*`,
+Key names of the former are those of the long-lived dialect (`language_model.*`, `vision_tower.vision_model.*`,
 `multi_modal_projector.*`): transformers reads it in every version, vLLM and LMDeploy read nothing else of a
 CLIP tower. What `save_pretrained` of transformers 5.23 writes for a model built in memory is a mixture that
 several back ends refuse.
@@ -25,6 +26,7 @@ from llava_train.inference import stop_ids
 from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
 from llava_train.model.encoders import vision_shape
+from llava_train.model.families.table import family_of
 from llava_train.model.llm import IMAGE_TOKEN
 
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -35,9 +37,17 @@ _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 def write_hf(assembly: Assembly, folder: Path) -> None:
     """Write weights, configurations, processor and chat template of a merged model into `folder`.
 
-    Raises ExportError for a connector or head that the stock class has no place for.
+    Raises ExportError for a connector or head that the stock class has no place for, and for an architecture that is
+    none of transformers'.
     """
-    model = assembly.model
+    model, spec = assembly.model, assembly.spec
+    if spec.architecture != "llava" and spec.llm.kind == "llava":
+        return write_back(assembly, folder)
+    if spec.architecture != "llava":
+        raise ExportError(
+            f"target 'hf' carries a {spec.architecture} model only where it began as a folder in transformers' layout; "
+            "this one is assembled from parts"
+        )
     model.model.multi_modal_projector = stock_projector(assembly)
     if getattr(model.lm_head, "bias", None) is not None:
         raise ExportError(
@@ -49,6 +59,20 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
     rename_keys(folder, model.config.vision_config.model_type)
     _complete_config(folder)
     _write_processor(assembly, folder)
+
+
+def write_back(assembly: Assembly, folder: Path) -> None:
+    """A model that began in transformers' layout, in that layout; its processor by the files of its parts, because a
+    part for video need not be there."""
+    model, marker = assembly.model, family_of(assembly.model).marker
+    model.generation_config.eos_token_id = stop_ids(assembly)
+    model.save_pretrained(folder)
+    # Our templates write `<image>` for a picture, which such a class does not know.
+    template = portable(assembly.template).replace(IMAGE_TOKEN, marker)
+    assembly.tokenizer.chat_template = template
+    assembly.tokenizer.save_pretrained(folder)
+    assembly.image_processor.save_pretrained(folder)
+    _write_template(template, folder)
 
 
 def stock_projector(assembly: Assembly) -> LlavaMultiModalProjector:
@@ -120,5 +144,10 @@ def _write_processor(assembly: Assembly, folder: Path) -> None:
     assembly.tokenizer.chat_template = template
     processor.save_pretrained(folder)
     assembly.image_processor.save_pretrained(folder)
+    _write_template(template, folder)
+
+
+def _write_template(template: str, folder: Path) -> None:
+    """For new readers and old ones."""
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(folder / "chat_template.json", {"chat_template": template})

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_train.errors import ExportError
-from llava_train.inference import Prompt, batch_inputs, message, read_pixels, render
+from llava_train.inference import Prompt, batch_inputs, message, read_pictures, render
 from llava_train.model.assemble import Assembly
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -30,10 +30,20 @@ import json, sys
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 folder, picture, question, out = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder, backend="pil")
-model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+kind = PROCESSOR_MAPPING[type(model.config)]
+if "video_processor" in kind.get_attributes():
+    # Its part for video, which the probe has no use for, cannot be loaded without torchvision.
+    kind = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor = kind(image_processor, tokenizer, video_processor=None, chat_template=tokenizer.chat_template)
+else:
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
 tensors, prompts = {}, {}
 for name, images in (("image", [Image.open(picture)]), ("text", [])):
     content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
@@ -54,6 +64,7 @@ print(json.dumps({
     "missing": [k for k in info["missing_keys"] if not (tied and k.endswith("lm_head.weight"))],
     "unexpected": sorted(info["unexpected_keys"]),
     "prompts": prompts,
+    "class": type(model).__name__,
     "our_package": "llava_train" in sys.modules,
 }))
 """
@@ -79,10 +90,12 @@ def verify(assembly: Assembly, folder: Path) -> dict[str, Any]:
         stock = _run_stock(folder, picture, out)
         theirs = load_file(str(out))
     faults = [f"{kind} keys: {', '.join(stock[kind][:10])}" for kind in ("missing", "unexpected") if stock[kind]]
+    if stock["class"] != type(model).__name__:
+        faults.append(f"it is loaded as a {stock['class']}, not a {type(model).__name__}")
     differences = {}
     for name, images in (("image", [image]), ("text", [])):
         prompt = stock["prompts"][name]
-        ours = Prompt((message("user", QUESTION, len(images)),), tuple(read_pixels(assembly, i) for i in images))
+        ours = Prompt((message("user", QUESTION, len(images)),), read_pictures(assembly, images))
         if render(assembly, ours.messages) != prompt:
             faults.append(f"{name}: the prompt renders as {prompt!r}")
             continue
@@ -104,7 +117,7 @@ def verify(assembly: Assembly, folder: Path) -> dict[str, Any]:
         raise ExportError(f"{folder}: the export does not match the model: {'; '.join(faults)}")
     return {
         "verified": True,
-        "loaded_with": "transformers.LlavaForConditionalGeneration in a fresh process",
+        "loaded_with": f"transformers.{stock['class']} in a fresh process",
         "max_logit_difference": differences,
         "tolerance": tolerance,
         "prompts_equal": True,

@@ -11,12 +11,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlavaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.files import sha256_json
-from llava_train.model.connectors import Widths, build_connector, connector_tokens
-from llava_train.model.encoders import VisionShape, load_vision_config, load_vision_tower, vision_shape
+from llava_train.model.connectors import (
+    Widths,
+    build_connector,
+    connector_tokens,
+    initialise_connector,
+    lasting_options,
+)
+from llava_train.model.cross.fused import plan_blocks
+from llava_train.model.encoders import (
+    VisionShape,
+    check_features,
+    load_vision_config,
+    load_vision_tower,
+    stock_features,
+    vision_shape,
+)
+from llava_train.model.families.table import FAMILIES
+from llava_train.model.families.tiles import tile_config
 from llava_train.model.llm import add_image_token, grow_vocabulary, load_llm, load_tokenizer
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.recipe import ModelSettings
@@ -27,7 +43,7 @@ class Assembly:
     """A model with what belongs to it.
 
     Attributes:
-        model: the stock class.
+        model: transformers' class, or ours for cross-attention.
         tokenizer: knows `<image>`.
         image_processor: gives the tower's pixels.
         spec: what the model is made of.
@@ -35,7 +51,7 @@ class Assembly:
         old_vocabulary: rows of the embeddings from here on were added by us (and are saved with the model).
     """
 
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
     spec: ModelSpec
@@ -45,20 +61,27 @@ class Assembly:
 
 def assemble(settings: ModelSettings, template: str, template_name: str, image_processor: Any, seed: int) -> Assembly:
     """Build the model that a recipe names, with a fresh connector. Raises CheckpointError or RecipeError."""
-    vision_config = load_vision_config(settings.vision, settings.vision_revision)
-    shape = vision_shape(vision_config, settings.image_size)
-    check_features(settings, int(vision_config.num_hidden_layers), shape)
+    seen = see(settings)
+    check_features(seen.config, seen.layer, seen.strategy)
     tokenizer = load_tokenizer(settings.llm, settings.llm_revision, settings.trust_remote_code)
     image_token_id = add_image_token(tokenizer)
     llm = load_llm(settings.llm, settings.attn_implementation, settings.llm_revision, settings.trust_remote_code)
     old_vocabulary = grow_vocabulary(llm, len(tokenizer), seed)
-    tower = load_vision_tower(settings.vision, settings.vision_revision)
-    positions = shape.tokens(settings.vision_feature_select_strategy)
-    config = llava_config(settings, tower, llm, image_token_id, int(tokenizer.pad_token_id), positions)
+    tower = load_vision_tower(
+        settings.vision,
+        settings.vision_revision,
+        settings.vision_feature_layer,
+        settings.vision_feature_select_strategy,
+    )
+    architecture = architecture_of(settings)
+    ids = (image_token_id, int(tokenizer.pad_token_id))
+    points = getattr(image_processor, "image_grid_pinpoints", None)
+    config = model_config(settings, replace(seen, config=tower.config), llm.config, ids, points)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         connector = build_connector(settings.connector, widths(config), config, settings.connector_options)
-    model = join(config, tower, llm, connector)
+        initialise_connector(settings.connector, connector, settings.connector_options)
+    model = join(architecture, config, tower, llm, connector, seed)
     require_weights(model)
     spec = ModelSpec(
         vision=PartSource(settings.vision, settings.vision_revision, fingerprint=fingerprint(tower)),
@@ -69,51 +92,95 @@ def assemble(settings: ModelSettings, template: str, template_name: str, image_p
             fingerprint=fingerprint(llm, old_vocabulary),
         ),
         connector=settings.connector,
-        connector_options=settings.connector_options,
-        image_size=shape.image_size,
-        image_tokens=connector_tokens(settings.connector, positions, settings.connector_options),
+        connector_options=lasting_options(settings.connector, settings.connector_options),
+        image_size=seen.shape.image_size,
+        image_tokens=image_tokens_of(settings, seen),
         image_aspect_ratio=settings.image_aspect_ratio,
         template=template_name,
+        architecture=architecture,
+        picture_options=picture_options(settings),
     )
     return Assembly(model, tokenizer, image_processor, spec, template, old_vocabulary)
 
 
-def check_features(settings: ModelSettings, layers: int, shape: VisionShape) -> None:
-    """RecipeError for a feature layer the tower does not have, or a CLS to drop where there is none."""
-    chosen = settings.vision_feature_layer
-    for layer in chosen if isinstance(chosen, list) else [chosen]:
-        if not -(layers + 1) <= layer <= layers:
-            raise RecipeError(f"model.vision_feature_layer: {layer}: this encoder has hidden states 0 to {layers}")
-    if settings.vision_feature_select_strategy == "default" and not shape.leading:
+def architecture_of(settings: ModelSettings) -> str:
+    """The row of the table of families that a recipe's parts become."""
+    if settings.fusion == "cross_attention":
+        return "llava_cross_attention"
+    if settings.image_aspect_ratio.startswith("anyres"):
+        return "llava_next" if settings.image_aspect_ratio == "anyres" else "llava_onevision"
+    return "llava"
+
+
+def picture_options(settings: ModelSettings) -> dict[str, Any]:
+    """Settings of the shape of pictures: see `llava_train.data.pictures.tiles`."""
+    if architecture_of(settings) != "llava_onevision":
+        return {}
+    return {"most": int(settings.image_aspect_ratio.rpartition("_")[2]), "one_tile": settings.small_as_one_tile}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What of the tower a recipe's connector reads: its configuration and shape, and what the model's class is told."""
+
+    config: PretrainedConfig
+    shape: VisionShape
+    layer: int | list[int]
+    strategy: str
+
+    @property
+    def positions(self) -> int:
+        """Positions that reach the connector."""
+        return self.shape.tokens(self.strategy)
+
+
+def see(settings: ModelSettings) -> Seen:
+    """From configurations alone. Raises CheckpointError or RecipeError."""
+    layer, strategy = settings.vision_feature_layer, settings.vision_feature_select_strategy
+    config = load_vision_config(settings.vision, settings.vision_revision, layer, strategy)
+    return Seen(config, vision_shape(config, settings.image_size), *stock_features(config, layer, strategy))
+
+
+def image_tokens_of(settings: ModelSettings, seen: Seen) -> int:
+    """Tokens in the LLM of a square picture, or of one tile. RecipeError for tiles and a connector off their grid."""
+    tokens = connector_tokens(settings.connector, seen.positions, settings.connector_options)
+    if settings.image_aspect_ratio.startswith("anyres") and not tokens == seen.positions == seen.shape.patches:
         raise RecipeError(
-            "model.vision_feature_select_strategy: 'default' drops the CLS position, which this encoder does not "
-            "have: a patch would be lost; set it to 'full'"
+            f"model.image_aspect_ratio: {settings.image_aspect_ratio}: tiles are put together on the encoder's own "
+            f"grid of {seen.shape.patches} patches; connector {settings.connector!r} gives {tokens} tokens of "
+            f"{seen.positions} positions: take linear or mlp2x_gelu, and vision_feature_select_strategy 'default' "
+            "where there is a CLS"
         )
+    return 1 if settings.fusion == "cross_attention" else tokens
 
 
-def llava_config(
+def model_config(
     settings: ModelSettings,
-    tower: PreTrainedModel,
-    llm: PreTrainedModel,
-    image_token_id: int,
-    pad_token_id: int,
-    positions: int,
-) -> LlavaConfig:
-    """The configuration of the joined model."""
-    linear = settings.connector == "linear"
-    return LlavaConfig(
-        vision_config=tower.config,
-        text_config=llm.config,
-        image_token_index=image_token_id,
-        image_seq_length=connector_tokens(settings.connector, positions, settings.connector_options),
-        projector_hidden_act="linear" if linear else "gelu",
-        vision_feature_layer=settings.vision_feature_layer,
-        vision_feature_select_strategy=settings.vision_feature_select_strategy,
-        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
-        pad_token_id=pad_token_id,
-        bos_token_id=llm.config.bos_token_id,
-        eos_token_id=llm.config.eos_token_id,
-    )
+    seen: Seen,
+    text_config: PretrainedConfig,
+    ids: tuple[int, int],
+    points: list[list[int]] | None = None,
+) -> PretrainedConfig:
+    """The configuration of the joined model. `ids` of the image token and of padding; `points` of tiles."""
+    values: dict[str, Any] = {
+        "vision_config": seen.config,
+        "text_config": text_config,
+        "image_token_index": ids[0],
+        "projector_hidden_act": "linear" if settings.connector == "linear" else "gelu",
+        "vision_feature_layer": seen.layer,
+        "vision_feature_select_strategy": seen.strategy,
+        "tie_word_embeddings": bool(text_config.tie_word_embeddings),
+        "pad_token_id": ids[1],
+        "bos_token_id": text_config.bos_token_id,
+        "eos_token_id": text_config.eos_token_id,
+    }
+    architecture = architecture_of(settings)
+    if architecture in ("llava_next", "llava_onevision"):
+        return tile_config(architecture, values, settings.image_aspect_ratio, points or [])
+    config = LlavaConfig(**values, image_seq_length=image_tokens_of(settings, seen))
+    if architecture == "llava_cross_attention":
+        config.cross_attention = plan_blocks(text_config, settings.fusion_options)
+    return config
 
 
 def widths(config: LlavaConfig) -> Widths:
@@ -124,15 +191,25 @@ def widths(config: LlavaConfig) -> Widths:
 
 
 def join(
-    config: LlavaConfig, tower: PreTrainedModel, llm: PreTrainedModel, connector: nn.Module
-) -> LlavaForConditionalGeneration:
-    """Put loaded parts into the stock class; nothing is initialised twice."""
+    architecture: str,
+    config: PretrainedConfig,
+    tower: PreTrainedModel,
+    llm: PreTrainedModel,
+    connector: nn.Module,
+    seed: int | None,
+) -> PreTrainedModel:
+    """Put loaded parts into the class of the architecture; nothing is initialised twice.
+
+    What an architecture has besides its parts (newlines, gated layers) begins as `seed` says; without one it stays
+    empty, to be loaded.
+    """
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = FAMILIES[architecture].model_class(config)
     model.model.vision_tower = tower
     model.model.language_model = llm.get_decoder()
     model.model.multi_modal_projector = connector
     model.lm_head = llm.get_output_embeddings()
+    FAMILIES[architecture].complete(model, seed)
     model.generation_config = llm.generation_config
     model.generation_config.pad_token_id = config.pad_token_id
     model.config.text_config.vocab_size = model.lm_head.weight.shape[0]

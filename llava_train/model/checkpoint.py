@@ -17,15 +17,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import ensure_space, read_json, sha256_file, write_json
 from llava_train.model.assemble import Assembly, fingerprint, join, require_weights, widths
 from llava_train.model.connectors import build_connector
-from llava_train.model.encoders import key_report, load_vision_tower
+from llava_train.model.encoders import key_report, reload_vision_tower
+from llava_train.model.families.table import FAMILIES
 from llava_train.model.llm import grow_vocabulary, load_llm, set_rows
 from llava_train.model.screening import (
     count_tensors,
@@ -35,7 +35,7 @@ from llava_train.model.screening import (
     screen_layers,
 )
 from llava_train.model.spec import MANIFEST, ModelSpec, PartSource, read_spec
-from llava_train.model.stock import load_stock
+from llava_train.model.stock import from_hub, load_stock
 from llava_train.model.tuning import add_lora, merge_lora, part_of
 from llava_train.tensorfile import Entry, write_tensors
 
@@ -119,10 +119,15 @@ def save_model(assembly: Assembly, folder: Path, entries: list[Entry] | None = N
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder that holds the model: a run's `final/`, or the folder itself. Raises CheckpointError."""
+    """The folder that holds the model: a run's `final/`, the folder itself, or what the hub has by that name.
+
+    Raises CheckpointError.
+    """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{path}: no such folder (a model is a run folder, an export or a Llava folder)")
+        return from_hub(
+            str(path), "a model is a run folder, an export, a folder of a model that we know, or its hub id"
+        )
     if (folder / "final" / MANIFEST).is_file():
         return folder / "final"
     if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
@@ -132,13 +137,20 @@ def model_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: is no model: it has neither {MANIFEST} nor config.json")
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:
-    """Load a run folder, a model folder of ours, or a stock Llava folder. Every key must fit.
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    llm: str | None = None,
+    vision: str | None = None,
+) -> Assembly:
+    """Load a run folder, a model folder of ours, or one in transformers' or the original's layout. Every key must fit.
 
     Args:
-        path: the folder.
+        path: the folder, or the id of a model on the hub.
         dtype: precision of all weights.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
+        llm, vision: where an original's folder that lacks these parts has them from.
 
     Raises:
         CheckpointError: no model, missing or unexpected keys (listed), damaged or changed files.
@@ -209,26 +221,47 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _rebuild(folder: Path, spec: ModelSpec, attn_implementation: str) -> Assembly:
     """The model around its weights: parts from their sources, or empty where the folder includes them."""
-    config = LlavaConfig.from_pretrained(folder)
+    config = FAMILIES[spec.architecture].model_class.config_class.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    old_vocabulary = 0
-    if spec.llm.included:
-        llm = _empty(config.text_config, causal=True, attn_implementation=attn_implementation)
-    else:
-        llm, old_vocabulary = _source_llm(spec.llm, len(tokenizer), attn_implementation)
-    tower = (
-        _empty(config.vision_config, causal=False, attn_implementation="sdpa")
-        if spec.vision.included
-        else _source_tower(spec.vision)
-    )
-    connector = build_connector(spec.connector, widths(config), config, spec.connector_options)
-    config.text_config, config.vision_config = llm.config, tower.config
-    model = join(config, tower, llm, connector)
+    build = _from_stock if "llava" in (spec.llm.kind, spec.vision.kind) else _from_parts
+    model, old_vocabulary = build(config, spec, len(tokenizer), attn_implementation)
     if spec.lora:
         add_lora(model, spec.lora)
     template = (folder / TEMPLATE).read_text(encoding="utf-8")
     return Assembly(model, tokenizer, image_processor, spec, template, old_vocabulary)
+
+
+def _from_parts(
+    config: PretrainedConfig, spec: ModelSpec, tokens: int, attn_implementation: str
+) -> tuple[PreTrainedModel, int]:
+    """A model of parts, and the rows of its embeddings that came with the LLM."""
+    old_vocabulary = 0
+    if spec.llm.included:
+        llm = _empty(config.text_config, causal=True, attn_implementation=attn_implementation)
+    else:
+        llm, old_vocabulary = _source_llm(spec.llm, tokens, attn_implementation)
+    if spec.vision.included:
+        tower = _empty(config.vision_config, causal=False, attn_implementation="sdpa")
+    else:
+        tower = reload_vision_tower(config.vision_config, spec.vision.path, spec.vision.revision)
+        _same(spec.vision, fingerprint(tower))
+    connector = build_connector(spec.connector, widths(config), config, spec.connector_options)
+    config.text_config, config.vision_config = llm.config, tower.config
+    return join(spec.architecture, config, tower, llm, connector, None), old_vocabulary
+
+
+def _from_stock(
+    config: PretrainedConfig, spec: ModelSpec, tokens: int, attn_implementation: str
+) -> tuple[PreTrainedModel, int]:
+    """A model that began as a folder in transformers' layout, which is read unless nothing is left of it."""
+    if not (spec.llm.included and spec.vision.included):
+        source = spec.vision if spec.llm.included else spec.llm
+        stock = load_stock(Path(str(source.path)), torch.float32, attn_implementation)
+        return stock.model, stock.old_vocabulary
+    config._attn_implementation = attn_implementation
+    with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
+        return FAMILIES[spec.architecture].model_class._from_config(config, dtype=torch.float32), 0
 
 
 def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
@@ -240,40 +273,11 @@ def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
 
 
 def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:
-    if source.kind == "llava":
-        stock = load_stock(Path(source.path), torch.float32, attn_implementation)
-        return _Decoder(stock.model), stock.old_vocabulary
-    llm = load_llm(source.path, attn_implementation, source.revision)
+    llm = load_llm(str(source.path), attn_implementation, source.revision)
     old = int(llm.get_input_embeddings().weight.shape[0])
     _same(source, fingerprint(llm, old))
     grow_vocabulary(llm, tokens, seed=0)
     return llm, old
-
-
-def _source_tower(source: PartSource) -> Any:
-    if source.kind == "llava":
-        return load_stock(Path(source.path), torch.float32).model.model.vision_tower
-    tower = load_vision_tower(source.path, source.revision)
-    _same(source, fingerprint(tower))
-    return tower
-
-
-class _Decoder:
-    """The decoder of a stock Llava model with the interface that `join` and `set_rows` use."""
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        self._model = model
-        self.config = model.config.text_config
-        self.generation_config = model.generation_config
-
-    def get_decoder(self) -> nn.Module:
-        return self._model.model.language_model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self._model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self._model.lm_head
 
 
 def _same(source: PartSource, found: str) -> None:

@@ -1,12 +1,19 @@
-"""The language model: loading a decoder and its tokenizer, and making room for the image token."""
+"""The language model: loading a decoder and its tokenizer, its head, and making room for the image token.
+
+Features of pictures take the place of embeddings as they are. Some decoders (Gemma) multiply their embeddings, in the
+embedding module itself: pictures go past it, as in PaliGemma, and the connector learns the scale. What others
+(Granite) do inside the decoder is done to pictures, too.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -15,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_train.errors import CheckpointError
 from llava_train.model.encoders import key_report
@@ -23,6 +31,13 @@ from llava_train.model.screening import screen_configs, screen_layers, screen_we
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 _PAD_TO_MULTIPLE = 64
+
+_AFTER_HEAD: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "logits_scaling": lambda logits, by: logits / by,  # Granite
+    "logit_scale": lambda logits, by: logits * by,  # Cohere
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
+}
+"""What LLMs do to their head's logits, by the name of its number in their configuration"""
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -45,7 +60,8 @@ def load_llm(
 ) -> PreTrainedModel:
     """A decoder LLM in its stored precision, with every weight found (CheckpointError lists what is not).
 
-    A GGUF file is dequantised to float32 into a plain model of the same architecture.
+    A GGUF file is dequantised to float32 into a plain model of the same architecture. Attention is the one asked for,
+    but eager where that is `sdpa` and the LLM has none (Gemma 2).
     """
     folder, options = _where(path)
     screen_configs(folder, trust_remote_code)
@@ -58,7 +74,7 @@ def load_llm(
             folder,
             revision=revision,
             dtype=torch.float32 if options else "auto",
-            attn_implementation=attn_implementation,
+            attn_implementation=attention_or_own(attn_implementation),
             trust_remote_code=trust_remote_code,
             use_safetensors=None if options else True,
             output_loading_info=True,
@@ -73,7 +89,67 @@ def load_llm(
     missing = [key for key in info["missing_keys"] if not (key == "lm_head.weight" and _tied(model))]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         raise CheckpointError(f"{path}: weights of the language model do not fit: {key_report(missing, info)}")
+    _require_known_head(model, path)
     return _plain(model) if options else model
+
+
+def attention_or_own(attn_implementation: str) -> str | None:
+    """`attn_implementation` as transformers wants it: sdpa is what it takes by itself wherever the model has it."""
+    return None if attn_implementation == "sdpa" else attn_implementation
+
+
+class Head(nn.Linear):
+    """An LM head that does to logits what its LLM does, in the stock Llava class, which adds nothing to its head.
+
+    Attributes:
+        after: (name of a row of `_AFTER_HEAD`, its number), in the order in which they are done.
+    """
+
+    def __init__(self, head: nn.Linear, after: tuple[tuple[str, float], ...]) -> None:
+        """Takes over the weights of `head`."""
+        with torch.device("meta"):
+            super().__init__(head.in_features, head.out_features, head.bias is not None)
+        self.weight, self.bias, self.after = head.weight, head.bias, after
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., vocabulary)."""
+        logits = super().forward(hidden)
+        for name, number in self.after:
+            logits = _AFTER_HEAD[name](logits, number)
+        return logits
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The LM head of an LLM, whose result are the LLM's logits."""
+    numbers = ((name, getattr(model.config, name, None)) for name in _AFTER_HEAD)
+    after = tuple((name, float(number)) for name, number in numbers if number is not None)
+    head: nn.Linear = model.get_output_embeddings()
+    return Head(head, after) if after else head
+
+
+def _require_known_head(model: PreTrainedModel, path: str) -> None:
+    """CheckpointError unless `head_of` gives the logits that the LLM makes of what its decoder gives."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    usual = model.base_model is decoder and hasattr(decoder, "layers") and isinstance(head, nn.Linear)
+    if not usual or (_tied(model) and not hasattr(decoder, "embed_tokens")):
+        raise CheckpointError(
+            f"{path}: {type(model).__name__} is not made as Llava needs it: a decoder with `layers` and a linear head "
+            "(where its weight is that of the embeddings, these must be called `embed_tokens`)"
+        )
+    generator = torch.Generator().manual_seed(0)
+    hidden_12D = torch.randn(1, 2, head.in_features, generator=generator).to(head.weight)
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_12D)
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, 2, dtype=torch.long, device=hidden_12D.device)).logits
+            same = torch.equal(head_of(model)(hidden_12D), logits)
+    finally:
+        del decoder.forward
+    if not same:
+        raise CheckpointError(
+            f"{path}: {type(model).__name__} does something to its head's logits that is not known here; add it to "
+            "_AFTER_HEAD in llava_train/model/llm.py"
+        )
 
 
 def _tied(model: PreTrainedModel) -> bool:

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_train.model.attention import NAME, Layout
 from llava_train.model.costs import without_values
-from llava_train.model.vision import feature_layers, image_features
+from llava_train.model.vision import image_features, layer_inputs
 
 _FEW = 16
 """Tokens of a sample where values are needed after all"""
@@ -108,9 +108,7 @@ def _vision(model: LlavaForConditionalGeneration, run: Conditions) -> tuple[floa
     with FakeTensorMode(), _autocast(run):
         pixels = torch.empty(1, 3, size, size, device=run.device)
         states, _ = without_values(model, image_features, pixels, dtypes=run.dtypes, device=run.device)
-    chosen = feature_layers(model.model.vision_tower, model.config.vision_feature_layer)
-    state = states.numel() * states.element_size() / len(chosen)  # without CLS, where it is dropped
-    return image, connector + max(chosen) * state, copies
+    return image, connector + layer_inputs(model, states) * states.element_size(), copies
 
 
 def _decoder(model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dtype) -> tuple[float, float, float]:

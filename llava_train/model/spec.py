@@ -18,11 +18,11 @@ VERSION = 1
 class PartSource:
     """Where a part's weights come from: a folder or hub id, and which kind of thing lies there.
 
-    `llava` takes the part out of a stock Llava folder. `included` says that the model folder itself holds
-    the part's weights (it was trained), so the source is history.
+    Several paths are towers side by side. `llava` takes the part out of a stock folder of the model's own class.
+    `included` says that the model folder itself holds the part's weights (it was trained), so the source is history.
     """
 
-    path: str
+    path: str | list[str]
     revision: str | None = None
     kind: Literal["hf", "gguf", "llava"] = "hf"
     included: bool = False
@@ -41,7 +41,11 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to build the same model again around its weights."""
+    """Everything needed to build the same model again around its weights.
+
+    `architecture` names a row of `llava_train.model.families.table`; `picture_options` are settings of its shape of
+    pictures (`llava_train.data.pictures.shaping`).
+    """
 
     vision: PartSource
     llm: PartSource
@@ -49,10 +53,12 @@ class ModelSpec:
     connector_options: dict[str, Any]
     image_size: int
     image_tokens: int
-    image_aspect_ratio: Literal["pad", "square", "crop"]
+    image_aspect_ratio: str
     template: str
     lora: LoraSpec | None = None
     history: tuple[str, ...] = field(default_factory=tuple)
+    architecture: str = "llava"
+    picture_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the format's name and version first."""
@@ -85,13 +91,16 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def _check_types(spec: ModelSpec) -> None:
     """TypeError for a value of another type than its field says."""
-    values = {
-        **{name: (getattr(spec, name), str) for name in ("connector", "image_aspect_ratio", "template")},
+    values: dict[str, tuple[Any, Any]] = {
+        **{
+            name: (getattr(spec, name), str) for name in ("connector", "image_aspect_ratio", "template", "architecture")
+        },
         **{name: (getattr(spec, name), int) for name in ("image_size", "image_tokens")},
         "connector_options": (spec.connector_options, dict),
-        "vision.path": (spec.vision.path, str),
+        "picture_options": (spec.picture_options, dict),
+        "vision.path": (spec.vision.path, str | list),
         "llm.path": (spec.llm.path, str),
     }
     for name, (value, kind) in values.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: {shown(value)}: must be of type {kind.__name__}")
+            raise TypeError(f"{name}: {shown(value)}: must be of type {getattr(kind, '__name__', kind)}")

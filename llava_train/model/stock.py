@@ -1,67 +1,104 @@
-"""A stock `LlavaForConditionalGeneration` folder as a model of ours."""
+"""A folder in transformers' own layout as a model of ours: LLaVA, and every other class in the table of families."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
 from llava_train.model.assemble import Assembly
-from llava_train.model.encoders import key_report, vision_shape
-from llava_train.model.screening import screen_configs, screen_weights
+from llava_train.model.encoders import key_report
+from llava_train.model.families.table import FAMILIES
+from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
+
+_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Assembly:
-    """A stock LlavaForConditionalGeneration folder, strictly."""
-    screen_configs(folder)
+    """A folder of a class that we know, strictly. Raises CheckpointError."""
+    config, tokenizer, image_processor = read_stock(folder)
     screen_weights(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # what is wrong with a folder comes as many types
-        raise CheckpointError(f"{folder}: is no model: {error}") from error
-    if not isinstance(config, LlavaConfig):
-        raise CheckpointError(f"{folder}: holds a {config.model_type!r} model, not a Llava model")
-    try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        model, info = FAMILIES[config.model_type].model_class.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
         )
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # what is wrong with weights comes as many types
-        raise CheckpointError(f"{folder}: cannot be loaded as a Llava model: {error}") from error
+        raise CheckpointError(f"{folder}: cannot be loaded as a {config.model_type} model: {error}") from error
     missing = [k for k in info["missing_keys"] if not (config.tie_word_embeddings and k.endswith("lm_head.weight"))]
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise CheckpointError(f"{folder}: the weights do not fit a stock Llava model: {key_report(missing, info)}")
+        raise CheckpointError(
+            f"{folder}: the weights do not fit a stock {config.model_type} model: {key_report(missing, info)}"
+        )
+    template = _chat_template(folder, tokenizer)
+    spec = stock_spec(folder, config, image_processor)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    return Assembly(model.eval(), tokenizer, image_processor, spec, template, rows)
+
+
+def read_stock(folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Any]:
+    """Configuration, tokenizer and image processor of a folder, without its weights. Raises CheckpointError."""
+    screen_configs(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a folder comes as many types
+        raise CheckpointError(f"{folder}: is no model: {error}") from error
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(f"{folder}: holds a {config.model_type!r} model, not one of those we know: {known}")
+    try:
+        # Not the processor as a whole: some bring a part for video that cannot be loaded without torchvision.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: its tokenizer or image processor cannot be read: {error}") from error
+    tokenizer.chat_template = _chat_template(folder, tokenizer)
+    return config, tokenizer, image_processor
+
+
+def stock_spec(folder: Path, config: PretrainedConfig, image_processor: Any) -> ModelSpec:
+    """What such a folder's model is made of: all of it comes from there."""
     source = PartSource(str(folder), kind="llava")
-    size = processor.image_processor.crop_size or processor.image_processor.size
-    spec = ModelSpec(
+    described = FAMILIES[config.model_type].describe(config, image_processor)
+    return ModelSpec(
         vision=source,
         llm=source,
-        connector="mlp2x_gelu",
         connector_options={},
-        image_size=int(size["height"]),
-        image_tokens=_stock_image_tokens(config, int(size["height"])),
-        image_aspect_ratio="pad" if getattr(processor.image_processor, "do_pad", False) else "crop",
         template="tokenizer",
+        architecture=config.model_type,
+        **described,
     )
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
+
+
+def from_hub(name: str, hint: str) -> Path:
+    """The folder of a model on the hub (`organisation/name`), fetched unless it is there. Raises CheckpointError."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such folder ({hint})")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # offline, not there, not allowed, no space: many types
+        raise CheckpointError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
+
+
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """From wherever the versions of transformers have put it. CheckpointError if it is nowhere."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        template = read_config(folder, "chat_template.json").get("chat_template")
+    else:
+        template = tokenizer.chat_template
+    if not isinstance(template, str) or not template:
         raise CheckpointError(f"{folder}: carries no chat template")
-    return Assembly(
-        model.eval(),
-        processor.tokenizer,
-        processor.image_processor,
-        spec,
-        template,
-        int(model.get_input_embeddings().weight.shape[0]),
-    )
-
-
-def _stock_image_tokens(config: LlavaConfig, size: int) -> int:
-    return vision_shape(config.vision_config, size).tokens(config.vision_feature_select_strategy)
+    return template

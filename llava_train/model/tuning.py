@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,18 +10,28 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from llava_train.errors import RecipeError
 from llava_train.model.spec import LoraSpec
+from llava_train.model.vision import image_features
 from llava_train.recipe import OptimizationSettings, TuneSettings
 
 PARTS = ("vision", "connector", "llm")
 _PREFIXES = {
-    "vision": ("model.vision_tower.",),
-    "connector": ("model.multi_modal_projector.",),
-    "llm": ("model.language_model.", "lm_head."),
+    "model.vision_tower.": "vision",
+    "model.visual.": "vision",
+    "model.vision_model.": "vision",
+    "model.multi_modal_projector.": "connector",
+    "model.image_newline": "connector",
+    "model.visual.merger.": "connector",
+    "model.visual.deepstack_merger_list.": "connector",
+    "model.cross_attention.": "connector",
+    "model.language_model.": "llm",
+    "lm_head.": "llm",
 }
+"""How names of weights begin -> the part; the longest that fits counts."""
+_SEVERAL_TOWERS = "model.vision_tower.towers."
 ADAPTER = "default"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`optimization.precision` -> dtype."""
@@ -28,10 +39,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def part_of(name: str) -> str:
     """The part that a parameter or module name of the model belongs to."""
-    for part, prefixes in _PREFIXES.items():
-        if name.startswith(prefixes):
-            return part
-    raise ValueError(f"{name} belongs to no part")
+    fitting = [prefix for prefix in _PREFIXES if name.startswith(prefix)]
+    if not fitting:
+        raise ValueError(f"{name} belongs to no part")
+    return _PREFIXES[max(fitting, key=len)]
 
 
 def linear_layers(model: nn.Module, part: str) -> tuple[str, ...]:
@@ -39,19 +50,17 @@ def linear_layers(model: nn.Module, part: str) -> tuple[str, ...]:
 
     Full names, because bare ones such as `q_proj` would also match the vision tower.
     """
-    prefix = _PREFIXES[part][0]
-    return tuple(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(prefix)
-    )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in linear if not name.startswith("lm_head") and part_of(name) == part)
 
 
-def add_lora(model: LlavaForConditionalGeneration, spec: LoraSpec) -> None:
+def add_lora(model: PreTrainedModel, spec: LoraSpec) -> None:
     """Put LoRA adapters (PEFT) on the layers that `spec` names, in place."""
     config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=list(spec.targets))
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
-def merge_lora(model: LlavaForConditionalGeneration) -> None:
+def merge_lora(model: PreTrainedModel) -> None:
     """Fold all adapters into the weights they sit on; the model is then of stock modules again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
@@ -62,14 +71,21 @@ def merge_lora(model: LlavaForConditionalGeneration) -> None:
         del model.peft_config
 
 
-def apply_tuning(model: LlavaForConditionalGeneration, tune: TuneSettings, seed: int) -> LoraSpec | None:
+def apply_tuning(model: PreTrainedModel, tune: TuneSettings, seed: int) -> LoraSpec | None:
     """Set `requires_grad` of every parameter as `tune` says, adding adapters where a part is `lora`.
 
     Returns the adapters' description, or None.
     """
-    model.requires_grad_(False)
     modes = {"vision": tune.vision.mode, "connector": tune.connector.mode, "llm": tune.llm.mode}
-    targets = tuple(name for part in PARTS if modes[part] == "lora" for name in linear_layers(model, part))
+    unreached = _unreached(model) if modes["vision"] != "frozen" else set()
+    model.requires_grad_(False)
+    targets = tuple(
+        name
+        for part in PARTS
+        if modes[part] == "lora"
+        for name in linear_layers(model, part)
+        if f"{name}.weight" not in unreached
+    )
     spec = LoraSpec(tune.lora.r, tune.lora.alpha, tune.lora.dropout, targets) if targets else None
     if spec:
         with torch.random.fork_rng(devices=[]):
@@ -77,25 +93,29 @@ def apply_tuning(model: LlavaForConditionalGeneration, tune: TuneSettings, seed:
             add_lora(model, spec)
     for name, parameter in model.named_parameters():
         mode = modes[part_of(name)]
-        parameter.requires_grad_(mode == "full" or (mode == "lora" and is_adapter(name)))
-    if modes["vision"] != "frozen":
-        _freeze_unreached(model)
+        parameter.requires_grad_((mode == "full" and name not in unreached) or (mode == "lora" and is_adapter(name)))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("tune: nothing would train (the connector has no weights and the other parts are frozen)")
     return spec
 
 
-def _freeze_unreached(model: LlavaForConditionalGeneration) -> None:
-    """Freeze the tower's weights above the feature layer: no gradient reaches them, and DDP would wait for one."""
-    config, tower = model.config, model.model.vision_tower
-    size = config.vision_config.image_size
-    hidden = tower(torch.zeros(1, 3, size, size, dtype=tower.dtype), output_hidden_states=True).hidden_states
-    layers = config.vision_feature_layer
-    sum(hidden[layer].sum() for layer in (layers if isinstance(layers, list) else [layers])).backward()
-    for parameter in tower.parameters():
-        if parameter.grad is None:
-            parameter.requires_grad_(False)
-    model.zero_grad(set_to_none=True)
+def _unreached(model: PreTrainedModel) -> set[str]:
+    """The tower's weights that its features do not depend on: DDP would wait for their gradients.
+
+    Layers above the feature layer, final norms, heads, mask tokens. None for models whose class is not of LLaVA's kind:
+    those use all of what they have.
+    """
+    tower = getattr(model.model, "vision_tower", None)
+    if tower is None:
+        return set()
+    size, weights = model.config.vision_config.image_size, dict(tower.named_parameters())
+    before = {name: weight.requires_grad for name, weight in weights.items()}
+    tower.requires_grad_(True)
+    pixels = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
+    found = torch.autograd.grad(image_features(model, pixels).sum(), list(weights.values()), allow_unused=True)
+    for name, weight in weights.items():
+        weight.requires_grad_(before[name])
+    return {f"model.vision_tower.{name}" for name, gradient in zip(weights, found) if gradient is None}
 
 
 def is_adapter(name: str) -> bool:
@@ -103,7 +123,7 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def planned_dtypes(model: LlavaForConditionalGeneration, precision: str) -> dict[str, torch.dtype]:
+def planned_dtypes(model: PreTrainedModel, precision: str) -> dict[str, torch.dtype]:
     """The precision of each weight by name: frozen parts take the run's.
 
     Trained weights, the connector, and every weight of a part that trains in full are float32: layers of one part
@@ -130,31 +150,66 @@ class Group:
     """Number of weights in all of them"""
 
 
-def parameter_groups(
-    model: LlavaForConditionalGeneration, tune: TuneSettings, optimization: OptimizationSettings
-) -> list[Group]:
-    """Trained parameters by part and decay: biases, norms and other vectors are not decayed."""
-    rates = {"vision": tune.vision, "connector": tune.connector, "llm": tune.llm}
+def parameter_groups(model: PreTrainedModel, tune: TuneSettings, optimization: OptimizationSettings) -> list[Group]:
+    """Trained parameters by part, rate and decay: biases, norms and other vectors are not decayed.
+
+    With `layer_decay`, layer k of n that train learns at rate * layer_decay ** (n - k), what lies below the first one
+    (embeddings) a step slower than that, and what lies above the last at the rate.
+    """
+    settings = {"vision": tune.vision, "connector": tune.connector, "llm": tune.llm}
     groups = []
     for part in PARTS:
-        rate = rates[part].learning_rate or optimization.learning_rate
-        trained = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and part_of(name) == part
-        ]
-        for decay, chosen in (
-            (optimization.weight_decay, [pair for pair in trained if pair[1].ndim >= 2]),
-            (0.0, [pair for pair in trained if pair[1].ndim < 2]),
-        ):
-            if chosen:
-                size = sum(parameter.numel() for _, parameter in chosen)
-                groups.append(Group(part, rate, decay, tuple(name for name, _ in chosen), size))
+        rate, decayed = settings[part].learning_rate or optimization.learning_rate, settings[part].layer_decay
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and part_of(n) == part}
+        below = dict.fromkeys(trained, 0) if decayed is None else _layers_to_top(model, list(trained))
+        for depth in sorted({*below.values()}, reverse=True):
+            own = rate if decayed is None else rate * decayed**depth
+            level = {name: trained[name] for name in trained if below[name] == depth}
+            for decay, names in (
+                (optimization.weight_decay, tuple(name for name, p in level.items() if p.ndim >= 2)),
+                (0.0, tuple(name for name, p in level.items() if p.ndim < 2)),
+            ):
+                if names:
+                    size = sum(level[name].numel() for name in names)
+                    groups.append(Group(part, own, decay, names, size))
     return groups
 
 
+def _layers_to_top(model: PreTrainedModel, names: list[str]) -> dict[str, int]:
+    """How many layers lie between each of a part's weights and the top of its tower or decoder, itself counted.
+
+    Of n layers the last has 0, the first n - 1, what is registered before them n, what is registered behind them 0.
+    """
+    stacks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        inside = name.removeprefix(_SEVERAL_TOWERS)
+        stacks[inside.split(".")[0] if inside != name else ""].append(name)
+    found = {}
+    for stack in stacks.values():
+        layers = {name: _layer_of(model, name) for name in stack}
+        order = {layer: number for number, layer in enumerate(dict.fromkeys(filter(None, layers.values())), start=1)}
+        reached = 0
+        for name in stack:
+            layer = layers[name]
+            number = order[layer] if layer else len(order) if reached else 0
+            reached = max(reached, number)
+            found[name] = len(order) - number
+    return found
+
+
+def _layer_of(model: nn.Module, name: str) -> str | None:
+    """The layer that a weight is in: the outermost member on its path of a list of modules of one class."""
+    module, path = model, name.split(".")
+    for place, step in enumerate(path[:-1]):
+        child = getattr(module, step)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(each) for each in module}) == 1:
+            return ".".join(path[: place + 1])
+        module = child
+    return None
+
+
 def tuning_table(
-    model: LlavaForConditionalGeneration, tune: TuneSettings, groups: list[Group], dtypes: dict[str, torch.dtype]
+    model: PreTrainedModel, tune: TuneSettings, groups: list[Group], dtypes: dict[str, torch.dtype]
 ) -> str:
     """What trains, how many weights, at which rate, and the precision of the rest: printed at start."""
     modes = {"vision": tune.vision.mode, "connector": tune.connector.mode, "llm": tune.llm.mode}
@@ -162,7 +217,7 @@ def tuning_table(
     for part in PARTS:
         parameters = {name: p for name, p in model.named_parameters() if part_of(name) == part}
         trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
-        rates = {f"{group.learning_rate:g}" for group in groups if group.part == part}
+        rates = sorted({group.learning_rate for group in groups if group.part == part})
         frozen = {str(dtypes[n]).removeprefix("torch.") for n, p in parameters.items() if not p.requires_grad}
         rows.append(
             (
@@ -170,7 +225,7 @@ def tuning_table(
                 modes[part],
                 f"{trained:,}",
                 f"{sum(p.numel() for p in parameters.values()):,}",
-                ", ".join(sorted(rates)) or "-",
+                f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else ", ".join(f"{rate:g}" for rate in rates) or "-",
                 ", ".join(sorted(frozen)) or "-",
             )
         )

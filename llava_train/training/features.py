@@ -24,6 +24,7 @@ from llava_train.data.batch import ImageReader, load_steps
 from llava_train.data.features import FEATURES, FeatureReader, FeatureStore, PictureBatches, Pictures, Writer
 from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.files import sha256_json
+from llava_train.inference import shape_of
 from llava_train.model.assemble import Assembly, fingerprint
 from llava_train.model.encoders import vision_shape
 from llava_train.model.tuning import PRECISIONS
@@ -71,7 +72,7 @@ def _reader(
     if len(missing):
         # Neighbours stay together: they may lie in one row group of a table, or in one video.
         share = np.array_split(missing, ranks.world_size)[ranks.rank]
-        reader = ImageReader(assembly.image_processor)
+        reader = ImageReader(shape_of(assembly.spec, assembly.image_processor))
         reader.budget = 0  # each picture comes once
         dataset = PictureBatches(prepared, pictures, share, reader, recipe.optimization.micro_batch_size)
         _make(recipe, assembly, store, dataset, ranks)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.encode import Encoder
@@ -22,20 +21,15 @@ from llava_train.data.preparing.prepare import prepare_set
 from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.data.preparing.source import Source
 from llava_train.data.records.hub import hub_files
-from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import DataError, RecipeError
+from llava_train.inference import shape_of
 from llava_train.model.assemble import Assembly
-from llava_train.model.checkpoint import model_folder
-from llava_train.model.connectors import connector_tokens
 from llava_train.model.costs import Costs
-from llava_train.model.encoders import load_vision_config, vision_shape
-from llava_train.model.llm import add_image_token, load_tokenizer
-from llava_train.model.spec import MANIFEST, read_spec
-from llava_train.model.stock import load_stock
 from llava_train.recipe import Recipe, SourceSettings
 from llava_train.storage import expand_paths, is_remote
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.loop import Course
+from llava_train.training.parts import encoders_of, template_of
 from llava_train.training.signals import shield_worker
 
 _SLACK = 1.125
@@ -60,43 +54,13 @@ class Prepared:
     validation_features: FeatureReader | None = None
 
 
-def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer of a recipe and its tokens an image, from configurations alone."""
-    if recipe.init_from:
-        folder = model_folder(recipe.init_from)
-        if (folder / MANIFEST).is_file():
-            return load_tokenizer(str(folder)), read_spec(folder).image_tokens
-        stock = load_stock(folder)
-        return stock.tokenizer, stock.spec.image_tokens
-    model = recipe.model
-    shape = vision_shape(load_vision_config(model.vision, model.vision_revision), model.image_size)
-    tokenizer = load_tokenizer(model.llm, model.llm_revision, model.trust_remote_code)
-    add_image_token(tokenizer)
-    positions = shape.tokens(model.vision_feature_select_strategy)
-    return tokenizer, connector_tokens(model.connector, positions, model.connector_options)
-
-
-def encoders_of(recipe: Recipe) -> dict[str, Encoder]:
-    """The encoder of every template that the recipe or a source of it names; they share one tokenizer."""
-    tokenizer, image_tokens = tokens_of(recipe)
-    names = {_template_of(source, recipe) for source in (*recipe.data.train, *recipe.data.validation)}
-    return {
-        name: Encoder(tokenizer, resolve_template(name, tokenizer)[1], image_tokens, recipe.data.max_length)
-        for name in sorted(names)
-    }
-
-
-def _template_of(settings: SourceSettings, recipe: Recipe) -> str:
-    return settings.template or recipe.data.template
-
-
 def sources_of(
     recipe: Recipe, settings: Sequence[SourceSettings] | None = None, encoders: dict[str, Encoder] | None = None
 ) -> list[Source]:
     """Sources of a recipe (`data.train` unless `settings` are given), each with its encoder and its files."""
     settings = recipe.data.train if settings is None else settings
     encoders = encoders or encoders_of(recipe)
-    sources = [_source(each, encoders[_template_of(each, recipe)], recipe) for each in settings]
+    sources = [_source(each, encoders[template_of(each, recipe)], recipe) for each in settings]
     return [replace(source, name=_own_name(number, sources)) for number, source in enumerate(sources)]
 
 
@@ -237,7 +201,10 @@ def readers_of(
     recipe: Recipe, assembly: Assembly, prepared: Prepared, costs: Costs | None
 ) -> tuple[BatchReader, BatchReader | None]:
     """What reads micro-batches of the training set, and of the validation set if there is one."""
-    images, pad_id = ImageReader(assembly.image_processor), int(assembly.tokenizer.pad_token_id)
+    images, pad_id = (
+        ImageReader(shape_of(assembly.spec, assembly.image_processor)),
+        int(assembly.tokenizer.pad_token_id),
+    )
     cut = cut_of(recipe, prepared.train, costs)
     held_out = prepared.validation
     return (

@@ -5,17 +5,21 @@ Shapes: B rows, T columns, D LLM width, S supervised tokens, V vocabulary, I ima
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from llava_train.data.batch import Batch
 from llava_train.model.attention import Layout
-from llava_train.model.vision import feature_shape, image_features, layer_list, layers_above
+from llava_train.model.families.base import Pictures
+from llava_train.model.families.questions import padded, questions_in, reads_text
+from llava_train.model.families.table import family_of
+from llava_train.model.tuning import part_of
+from llava_train.model.vision import layers_above, tower_layers
 
 LOGITS_BYTES = 2**28
 """Logits that are in memory at a time, in float32."""
@@ -37,7 +41,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         shards_weights: bool = False,
         attention: str = "auto",
         made_features: bool = False,
@@ -48,18 +52,16 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.model, self.attention, self.made_features = model, attention, made_features
-        tower, connector = model.model.vision_tower, model.model.multi_modal_projector
-        needed = {
-            "features": shards_weights or any(p.requires_grad for p in connector.parameters()),
-            "pixels": not made_features and (shards_weights or any(p.requires_grad for p in tower.parameters())),
-        }
-        self.blank: Blank = "pixels" if needed["pixels"] else "features" if needed["features"] else "nothing"
+        trains = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        behind = shards_weights or "connector" in trains
+        before = shards_weights or "vision" in trains or (behind and not family_of(model).separable)
+        self.blank: Blank = "pixels" if before and not made_features else "features" if behind else "nothing"
 
     @property
     def idle_layers(self) -> list[nn.Module]:
         """Layers of the model that no batch runs."""
         tower = self.model.model.vision_tower
-        return list(getattr(*layer_list(tower))) if self.made_features else layers_above(self.model)
+        return tower_layers(tower) if self.made_features else layers_above(self.model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The batch's share of the step's loss: sum over supervised tokens of weight * nll, a scalar."""
@@ -67,17 +69,17 @@ class Objective(nn.Module):
 
 
 def token_losses(
-    model: LlavaForConditionalGeneration, batch: Batch, blank: Blank = "nothing", attention: str = "auto"
+    model: PreTrainedModel, batch: Batch, blank: Blank = "nothing", attention: str = "auto"
 ) -> torch.Tensor:
     """Negative log-likelihoods of the supervised tokens, (S,)."""
     layout = Layout(batch.lengths, batch.parents, batch.input_ids.device, attention) if batch.lengths else None
-    hidden_BTD = model.model(
-        inputs_embeds=_embeddings(model, batch, blank),
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+    arguments = {
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
         **({"layout": layout} if layout else {}),
-    ).last_hidden_state
+        **_decoder_inputs(model, batch, blank),
+    }
+    hidden_BTD = model.model.language_model(**arguments, use_cache=False).last_hidden_state
     return _nll(model.lm_head, hidden_BTD.flatten(0, 1).index_select(0, batch.predictors), batch.targets)
 
 
@@ -95,30 +97,26 @@ def _part_nll(head: nn.Linear, hidden_SD: torch.Tensor, targets_S: torch.Tensor)
     return cross_entropy(head(hidden_SD).float(), targets_S, reduction="none")
 
 
-def _embeddings(model: LlavaForConditionalGeneration, batch: Batch, blank: Blank) -> torch.Tensor:
-    """What the language model reads, (B, T, D): embedded ids with the features of pictures in their places."""
+def _decoder_inputs(model: PreTrainedModel, batch: Batch, blank: Blank) -> dict[str, Any]:
+    """What the language model reads: embedded ids, and the pictures in their places or beside them."""
     embeddings_BTD = model.get_input_embeddings()(batch.input_ids)
-    features_IPV = _features(model, batch, blank, embeddings_BTD)
-    if features_IPV is None:
-        return embeddings_BTD
-    features = model.model.multi_modal_projector(features_IPV).to(embeddings_BTD.dtype)
-    if batch.pixel_values is None and batch.features is None:
-        return embeddings_BTD + 0.0 * features.sum()
-    places_BT1 = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
-    return embeddings_BTD.masked_scatter(places_BT1, features)
+    family, shown = family_of(model), batch.pixel_values is not None or batch.features is not None
+    if shown:
+        features = None if batch.features is None else batch.features.to(embeddings_BTD.dtype)
+        text = _questions(model, batch) if reads_text(model) else None
+        pictures = Pictures(batch.pixel_values, features, batch.facts, text)
+    elif blank == "nothing":
+        return {"inputs_embeds": embeddings_BTD}
+    else:
+        pictures = family.blank(model, blank == "features", embeddings_BTD)
+    return family.decoder_inputs(model, batch, embeddings_BTD, family.states(model, pictures), shown)
 
 
-def _features(
-    model: LlavaForConditionalGeneration, batch: Batch, blank: Blank, like: torch.Tensor
-) -> torch.Tensor | None:
-    """What the connector reads, (I, P, V), or None where it need not."""
-    if batch.features is not None:
-        return batch.features.to(like.dtype)
-    if batch.pixel_values is not None:
-        return image_features(model, batch.pixel_values)
-    if blank == "nothing":
-        return None
-    if blank == "pixels":
-        size = model.config.vision_config.image_size
-        return image_features(model, like.new_zeros(1, 3, size, size))
-    return like.new_zeros(1, *feature_shape(model))
+def _questions(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is asked about each picture: the text behind it up to the answer. Samples may share no beginning."""
+    targets, width = (batch.predictors + 1).tolist(), batch.input_ids.shape[1]
+    found = []
+    for number, ids in enumerate(batch.input_ids.tolist()):
+        ends = [target - number * width for target in targets if target >= number * width]
+        found += questions_in(ids, model.config.image_token_id, model.config.image_seq_length, ends)
+    return padded(found, batch.input_ids.device)

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_train.errors import RecipeError
 from llava_train.model.memory import Kept
-from llava_train.model.vision import layer_list
+from llava_train.model.vision import tower_layers
 
 Setting = Literal["auto", "none", "selective", "full"]
 
@@ -140,9 +140,8 @@ def apply_recompute(model: LlavaForConditionalGeneration, count: int) -> None:
     """
     decoder, tower = model.model.language_model, model.model.vision_tower
     whole = count == len(decoder.layers) and any(weight.requires_grad for weight in tower.parameters())
-    tower_layers = getattr(*layer_list(tower))
     chosen = [(layer, number < count) for number, layer in enumerate(decoder.layers)]
-    for layer, recomputed in [*chosen, *((layer, whole) for layer in tower_layers)]:
+    for layer, recomputed in [*chosen, *((layer, whole) for layer in tower_layers(tower))]:
         if recomputed and not isinstance(layer, GradientCheckpointingLayer):
             raise RecipeError(f"speed.recompute: {type(layer).__name__} cannot be recomputed; set it to none")
         layer.gradient_checkpointing = recomputed

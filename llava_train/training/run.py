@@ -26,6 +26,7 @@ from llava_train.training.lock import require_shared, sole_run
 from llava_train.training.loop import Hooks, run_loop
 from llava_train.training.material import course_of, epoch_of
 from llava_train.training.monitor import METRICS, Monitor, read_rows, say, write_run_report
+from llava_train.training.parts import fitted
 from llava_train.training.setup import Setup, constants_of, set_up, state_facts
 from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState
@@ -40,7 +41,7 @@ def train(recipe: Recipe, fresh: bool = False, allowed: Sequence[str] = ()) -> P
     `fresh` starts over, removing what the run folder holds of an earlier run; `allowed` names what may have changed
     since the checkpoint. Raises RecipeError, DataError, CheckpointError, StorageError or TrainingError.
     """
-    folder = Path(recipe.output).expanduser()
+    recipe, folder = fitted(recipe), Path(recipe.output).expanduser()
     ranks = join_ranks(recipe)
     require_engine(recipe, ranks)
     limits = Limits(behind_s=recipe.engine.stall_seconds)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from llava_train.data.pictures.images import build_image_processor
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
-from llava_train.model.assemble import Assembly, assemble, with_spec
+from llava_train.model.assemble import Assembly, assemble, see, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
 from llava_train.model.costs import Costs, Work, costs_of
-from llava_train.model.encoders import load_vision_config, vision_shape
+from llava_train.model.families.table import FAMILIES
 from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
 from llava_train.model.memory import Conditions, measure_kept
@@ -30,6 +29,7 @@ from llava_train.training.engines.ranks import Ranks
 from llava_train.training.features import with_features
 from llava_train.training.material import Prepared, cut_of, plan_of, prepare_in_turn
 from llava_train.training.objective import LOGITS_BYTES, Objective
+from llava_train.training.parts import processor_of
 from llava_train.training.recompute import (
     Memory,
     MicroBatch,
@@ -115,18 +115,16 @@ def set_up(
 def build(recipe: Recipe) -> Assembly:
     """The model of a recipe: assembled from parts, or taken from `init_from` (its adapters folded in)."""
     if recipe.init_from:
-        assembly = merged(load_model(recipe.init_from, torch.float32, recipe.model.attn_implementation))
+        model = recipe.model
+        parts = (model.llm or None, model.vision if isinstance(model.vision, str) and model.vision else None)
+        assembly = merged(load_model(recipe.init_from, torch.float32, model.attn_implementation, *parts))
         name, template = resolve_template(recipe.data.template, assembly.tokenizer)
         history = (*assembly.spec.history, recipe.init_from)
         assembly = with_spec(assembly, template=name, history=history)
         return replace(assembly, template=template)
     tokenizer = load_tokenizer(recipe.model.llm, recipe.model.llm_revision, recipe.model.trust_remote_code)
     name, template = resolve_template(recipe.data.template, tokenizer)
-    config = load_vision_config(recipe.model.vision, recipe.model.vision_revision)
-    size = vision_shape(config, recipe.model.image_size).image_size
-    processor = build_image_processor(
-        recipe.model.vision, recipe.model.image_aspect_ratio, size, recipe.model.vision_revision
-    )
+    processor = processor_of(recipe.model, see(recipe.model))
     return assemble(recipe.model, template, name, processor, recipe.seed)
 
 
@@ -150,7 +148,9 @@ def _sped_up(
     """Switch on what `speed` asks of a model before it is placed; the estimate, where recompute follows from one."""
     memory, setting = None, recipe.speed.recompute
     count = len(assembly.model.model.language_model.layers) if setting == "full" else 0
-    if setting in ("auto", "selective"):
+    if setting in ("auto", "selective") and not FAMILIES[assembly.spec.architecture].measured:
+        count = len(assembly.model.model.language_model.layers)  # what it keeps is not known: as little as can be
+    elif setting in ("auto", "selective"):
         memory = memory_of(recipe, assembly, prepared, engine, dtypes)
         count = memory.recomputed
     apply_recompute(assembly.model, count)

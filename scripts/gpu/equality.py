@@ -23,6 +23,7 @@ from gpu.shapes import SHAPES, Sample, Shape, make_model, make_sample
 from llava_train.data.batch import Batch, batch_of
 from llava_train.data.collate import pack, pad
 from llava_train.data.encode import IGNORE
+from llava_train.data.pictures.shapes import Picture
 from llava_train.model.attention import ATTENTIONS, Layout, use_packed_attention
 from llava_train.model.tuning import apply_tuning, planned_dtypes
 from llava_train.recipe import PartTuning, TuneSettings
@@ -125,8 +126,8 @@ def _models(run: Conditioned, mode: str, kinds: Sequence[str]) -> Iterator[tuple
     groups, pixels = _samples(SMALL)
     rows = [row for _, members in groups for row in members]
     weights = [1 / sum(row.supervised for row in rows)] * len(rows)
-    each = [pixels[number] for number, (_, members) in enumerate(groups) for _ in members]
-    together = [pixels[number] for number in range(len(groups))]
+    each = [Picture(pixels[number][None]) for number, (_, members) in enumerate(groups) for _ in members]
+    together = [Picture(pixels[number][None]) for number in range(len(groups))]
     padded = batch_of(pad(rows, weights, 0), each, [], {})
     batches = {
         "apart": batch_of(pack([(0, [row]) for row in rows], weights), each, [], {}),

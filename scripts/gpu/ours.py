@@ -21,6 +21,7 @@ from gpu.shapes import SHAPES, STAGES, Sample, Shape, make_model, make_samples, 
 from llava_train.data.batch import Batch, batch_of
 from llava_train.data.collate import pack, pad
 from llava_train.data.micro_batches import Cut, Sizes, deal
+from llava_train.data.pictures.shapes import Picture
 from llava_train.model import attention
 from llava_train.model.costs import Costs, costs_of
 from llava_train.model.kernels import compile_layers
@@ -165,7 +166,7 @@ def _steps(
                 groups = _groups(each.samples, samples, sizes)
                 made = pack(groups, each.weights) if case.packing else pad(own, each.weights, 0)
                 images = sum(row.images for row in own) - sum(len(rows) - 1 for _, rows in groups)
-                pixels = [pictures[number % PICTURES] for number in range(images)]
+                pixels = [Picture(pictures[number % PICTURES][None]) for number in range(images)]
                 batch = batch_of(made, pixels, [str(row) for row in each.samples], {})
                 batches.append(batch.pin_memory() if device.type == "cuda" else batch)
             yield [samples[row] for row in rows], batches

@@ -3,12 +3,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_train import Chat, export, load_model
 from llava_train.chat.terminal import converse, one_shot
 from llava_train.data.pictures.images import open_image
 from llava_train.errors import DataError
-from llava_train.inference import Prompt, answer, message, prompt_ids, read_pixels
+from llava_train.inference import Prompt, answer, message, prompt_ids, read_pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def test_several_turns_remember_pictures_and_answers(assembly, parts: Path) -> N
 
 
 def test_streaming_says_what_a_batch_says(assembly, parts: Path) -> None:
-    pixels = read_pixels(assembly, open_image(parts / "data", "1.png"))
-    prompt = Prompt((message("user", "What colour is it?", 1),), (pixels,))
+    pictures = read_pictures(assembly, [open_image(parts / "data", "1.png")])
+    prompt = Prompt((message("user", "What colour is it?", 1),), pictures)
     chat = Chat(assembly, max_new_tokens=6)
     chat.show(parts / "data" / "1.png")
     assert "".join(chat.ask("What colour is it?")).strip() == answer(assembly, [prompt], 6)[0]
@@ -46,13 +47,15 @@ def test_the_prompt_is_the_one_of_training(assembly, parts: Path) -> None:
     """The ids before the answer are those that `inspect` shows for the same record."""
     from llava_train.data.encode import Encoder, encode, expand
     from llava_train.data.pictures.media import Media
+    from llava_train.data.pictures.shapes import Picture
     from llava_train.data.reading import read_samples
 
     sample = next(iter(read_samples(str(parts / "data" / "data.json"), Media(parts / "data"))))
     encoder = Encoder(assembly.tokenizer, assembly.template, assembly.spec.image_tokens, 256)
     encoded = encode(sample, encoder)
     input_ids, labels = expand(encoded.input_ids, encoded.spans, encoded.image_tokens, encoder.image_token_id)
-    prompt = Prompt((message("user", "What colour is it?", 1),), (None,))
+    picture = Picture(torch.zeros(1), tokens=assembly.spec.image_tokens)
+    prompt = Prompt((message("user", "What colour is it?", 1),), (picture,))
     ids = prompt_ids(assembly, prompt)
     assert input_ids[: len(ids)].tolist() == ids
     assert labels[len(ids)] != -100

@@ -15,7 +15,8 @@ from llava_train import load_recipe, prepare
 from llava_train.data.batch import BatchReader, ImageReader, StepDataset, load_steps
 from llava_train.data.micro_batches import Cut, MicroBatch
 from llava_train.data.mixture import Mixture
-from llava_train.data.pictures.images import build_image_processor
+from llava_train.data.pictures.processors import build_image_processor
+from llava_train.data.pictures.shapes import Square
 from llava_train.data.plan import Plan
 from llava_train.errors import RecordError
 from tests import tiny
@@ -89,7 +90,7 @@ def read(workplace: Path, *sources: dict[str, Any]) -> tuple[Any, BatchReader]:
     recipe = tiny.make_recipe(workplace, data__train=list(sources), data__validation_fraction=0, data__template="plain")
     prepared = prepare(load_recipe(recipe)).train
     processor = build_image_processor(str(workplace / "vision"), "pad", 28)
-    return prepared, BatchReader(prepared, ImageReader(processor), 0, Cut(3))
+    return prepared, BatchReader(prepared, ImageReader(Square(processor, 4)), 0, Cut(3))
 
 
 def whole(reader: BatchReader, count: int = 3) -> Any:

@@ -21,7 +21,8 @@ from llava_train.data import features as module
 from llava_train.data.batch import BatchReader, ImageReader, load_steps
 from llava_train.data.features import FeatureReader, FeatureStore, PictureBatches, Pictures, Writer
 from llava_train.data.micro_batches import Cut, deal
-from llava_train.data.pictures.images import build_image_processor
+from llava_train.data.pictures.processors import build_image_processor
+from llava_train.data.pictures.shapes import Square
 from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.errors import RecordError, StorageError
 from tests import tiny
@@ -34,7 +35,7 @@ SHAPE = (3, 28 * 28)
 def sets(folder: Path, *sources: dict[str, Any]) -> tuple[PreparedSet, ImageReader]:
     path = tiny.make_recipe(folder, data__train=list(sources), data__validation_fraction=0)
     processor = build_image_processor(str(folder / "vision"), "pad", 28)
-    return prepare(load_recipe(path)).train, ImageReader(processor)
+    return prepare(load_recipe(path)).train, ImageReader(Square(processor, 4))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PretrainedC
 from llava_train.data.batch import Batch, batch_of
 from llava_train.data.collate import pack, pad
 from llava_train.data.encode import IGNORE
+from llava_train.data.pictures.shapes import Picture
 from llava_train.model.assemble import widths
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.connectors import build_connector
@@ -94,7 +95,9 @@ def batch(
     collated = pack([(0, [row]) for row in rows], weights) if is_packed else pad(rows, weights, 0)
     size = model.config.vision_config.image_size
     pixels = torch.rand(len(rows), 3, size, size, generator=torch.Generator().manual_seed(0))
-    return batch_of(collated, list(pixels), [str(number) for number in range(len(rows))], {})
+    return batch_of(
+        collated, [Picture(each[None]) for each in pixels], [str(number) for number in range(len(rows))], {}
+    )
 
 
 class Live(TorchDispatchMode):

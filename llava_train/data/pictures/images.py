@@ -1,10 +1,7 @@
-"""Pictures: bytes -> RGB safely, and RGB -> pixel values by transformers' own image processors.
+"""Pictures: bytes -> RGB safely.
 
 Whatever is wrong with a picture is a RecordError with a cause: image_missing, image_empty, image_unreadable,
 image_format, image_too_large, image_strip, or image_path (hostile: what the path names is no file).
-
-The PIL back end of the processors is chosen by name: what a processor computes must not depend on whether
-torchvision happens to be installed.
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 
 from llava_train.errors import DataError, RecordError
@@ -33,7 +29,6 @@ MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
 LEVELS = ("none", "exists", "header", "decode")
 """How far `check_image` looks, in order of cost."""
-AspectRatio = Literal["pad", "square", "crop"]
 
 _SUFFIXES = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".mpo": "JPEG", ".png": "PNG", ".apng": "PNG",
@@ -247,55 +242,3 @@ def _text_behind_pixels(stream: BinaryIO) -> bool:
         stream.seek(size + 4, io.SEEK_CUR)
     stream.seek(place)
     return found
-
-
-def build_image_processor(folder: str, aspect_ratio: AspectRatio, size: int, revision: str | None = None) -> Any:
-    """The tower's own image processor (its `preprocessor_config.json`), in our shape: see `with_aspect_ratio`."""
-    from transformers import AutoImageProcessor
-
-    try:
-        own = AutoImageProcessor.from_pretrained(
-            folder, backend="pil", revision=revision or "main", trust_remote_code=False
-        )
-    except Exception as error:  # what is wrong with a folder comes as many types
-        raise DataError(f"{folder}: no usable preprocessor_config.json: {error}") from error
-    return with_aspect_ratio(own, aspect_ratio, size)
-
-
-def with_aspect_ratio(processor: Any, aspect_ratio: AspectRatio, size: int) -> Any:
-    """An image processor that gives (3, size, size) pixels with the colours and resampling of `processor`.
-
-    `pad` squares the picture with the mean colour first (LLaVA-1.5's `image_aspect_ratio pad`), `square`
-    stretches it, `crop` resizes the shorter side and cuts the centre out (CLIP's way).
-    """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-    colours = {
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-        "resample": int(processor.resample),
-        "do_normalize": bool(processor.do_normalize),
-        "rescale_factor": processor.rescale_factor,
-    }
-    box = {"height": size, "width": size}
-    if aspect_ratio == "pad":
-        return LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": size}, crop_size=box, **colours)
-    if aspect_ratio == "square":
-        return CLIPImageProcessorPil(do_center_crop=False, size=box, crop_size=box, **colours)
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=box, **colours)
-
-
-def pixel_values(images: list[Image.Image], processor: Any) -> torch.Tensor:
-    """Pixels of RGB pictures, (images, 3, height, width) in float32."""
-    return processor(images=[_squared(image, processor) for image in images], return_tensors="pt")["pixel_values"]
-
-
-def _squared(image: Image.Image, processor: Any) -> Image.Image:
-    """The picture, padded as the processor would, bit for bit; Pillow does it without the processor's slow copies."""
-    if image.width == image.height or not (hasattr(processor, "pad_to_square") and processor.do_pad):
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in processor.image_mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

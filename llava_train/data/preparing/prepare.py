@@ -27,7 +27,7 @@ from llava_train.errors import DataError
 from llava_train.files import atomic_folder, ensure_space, read_json, sha256_json, sweep, write_json
 from llava_train.storage import Identities, is_remote
 
-_VERSION = 3
+_VERSION = 4
 
 
 def prepare_set(
@@ -135,7 +135,8 @@ def _shaping(source: Source) -> dict[str, Any]:
         "media": {**asdict(source.media), "root": str(source.media.root.absolute())},
         "tokenizer": encoder.tokenizer_digest,
         "template": sha256_json(encoder.template),
-        "image_tokens": encoder.image_tokens,
+        "image_tokens": encoder.shaping,
+        "marker": encoder.marker,
         "max_length": encoder.max_length,
     }
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from llava_train.data.encode import expand
 from llava_train.data.micro_batches import Sizes
-from llava_train.data.pictures.images import AspectRatio
 from llava_train.data.pictures.media import Media, located
+from llava_train.data.pictures.processors import AspectRatio
 from llava_train.data.sample import ImageRef
 from llava_train.files import sha256_json
 

@@ -60,6 +60,11 @@ class Job:
     compare: bool = False
     """Whether records are compared by what they show, so that pictures inside containers must be read whole."""
 
+    @property
+    def level(self) -> str:
+        """How far pictures are looked at: at their size, if their tokens depend on it."""
+        return "header" if self.encoder.sized and self.verify in ("none", "exists") else self.verify
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -122,7 +127,7 @@ def rows_of(entries: Sequence[tuple[Any, str]], path: str, job: Job, keep: Keepe
             samples.append((at, *_sample(record, f"{path}{at}", path, job, made.notes, keep)))
         except RecordError as error:
             made.faults.append(Fault(at, _id_of(record), error.cause, str(error), error.hostile, error.outside))
-    encoded = _encoded([sample for _, sample, _ in samples], job.encoder)
+    encoded = _encoded([sample for _, sample, _ in samples], job.encoder, [sizes for *_, sizes in samples])
     for (at, sample, picture_sizes), result in zip(samples, encoded):
         if isinstance(result, RecordError):
             made.faults.append(Fault(at, sample.id, result.cause, str(result)))
@@ -162,17 +167,20 @@ def _settled(ref: ImageRef, path: str, sample: Sample, job: Job) -> tuple[list[I
     try:
         settled = settle(ref, job.media)
         # Inside a container a reference leaves its file out, in the row as well: the file may move.
-        header = check_picture(located(settled[0], path, Path()), job.media, job.verify)
+        header = check_picture(located(settled[0], path, Path()), job.media, job.level)
     except RecordError as error:
         outside = ref.path if ref.kind in ("file", "frame", "url") else ""
         raise error.of(sample.where, outside) from error
     return settled, header
 
 
-def _encoded(samples: list[Sample], encoder: Encoder) -> list[tuple[Encoded, Encoded | None] | RecordError]:
-    chosen = _encode_safely(samples, encoder)
+def _encoded(
+    samples: list[Sample], encoder: Encoder, sizes: list[list[int]]
+) -> list[tuple[Encoded, Encoded | None] | RecordError]:
+    chosen = _encode_safely(samples, encoder, sizes)
     pairs = [index for index, sample in enumerate(samples) if sample.rejected is not None]
-    rejected = dict(zip(pairs, _encode_safely([with_rejected(samples[index]) for index in pairs], encoder)))
+    others = [with_rejected(samples[index]) for index in pairs]
+    rejected = dict(zip(pairs, _encode_safely(others, encoder, [sizes[index] for index in pairs])))
     results: list[tuple[Encoded, Encoded | None] | RecordError] = []
     for index, first in enumerate(chosen):
         second = rejected.get(index)
@@ -181,15 +189,15 @@ def _encoded(samples: list[Sample], encoder: Encoder) -> list[tuple[Encoded, Enc
     return results
 
 
-def _encode_safely(samples: list[Sample], encoder: Encoder) -> list[Encoded | RecordError]:
+def _encode_safely(samples: list[Sample], encoder: Encoder, sizes: list[list[int]]) -> list[Encoded | RecordError]:
     """`encode_many`; where a text brings tokenizer or template down, that sample alone is the fault."""
     try:
-        return encode_many(samples, encoder) if samples else []
+        return encode_many(samples, encoder, sizes) if samples else []
     except Exception as error:
         if len(samples) == 1:
             message = f"cannot be rendered or tokenised ({type(error).__name__}: {error})"
             return [samples[0].fault(message, "malformed")]
-        return [result for sample in samples for result in _encode_safely([sample], encoder)]
+        return [result for one, own in zip(samples, sizes) for result in _encode_safely([one], encoder, [own])]
 
 
 def _row(
@@ -228,8 +236,9 @@ def _prefix(sample: Sample, path: str, job: Job, encoded: Encoded) -> dict[str, 
         return {"prefix": 0, "prefix_images": 0, "prefix_key": 0}
     ids, count = encoded.input_ids[: pictures[-1] + 1], len(pictures)
     shown = [_shown(ref, path, job) for ref in sample.images[:count]]
-    tokens = len(ids) - count + sum(encoded.image_tokens[:count])
-    return {"prefix": tokens, "prefix_images": count, "prefix_key": _hash(repr((ids.tolist(), shown)))}
+    widths = encoded.image_tokens[:count]
+    tokens = len(ids) - count + sum(widths)
+    return {"prefix": tokens, "prefix_images": count, "prefix_key": _hash(repr((ids.tolist(), shown, widths)))}
 
 
 def _hash(text: str) -> int:

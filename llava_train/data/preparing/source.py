@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llava_train.data.encode import Encoder
-from llava_train.data.pictures.images import AspectRatio
 from llava_train.data.pictures.media import Media
+from llava_train.data.pictures.processors import AspectRatio
 
 
 @dataclass(frozen=True)

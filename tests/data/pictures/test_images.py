@@ -11,16 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_train.data.pictures import images
-from llava_train.data.pictures.images import (
-    LEVELS,
-    Header,
-    build_image_processor,
-    check_image,
-    decode_image,
-    open_image,
-    pixel_values,
-    with_aspect_ratio,
-)
+from llava_train.data.pictures.images import LEVELS, Header, check_image, decode_image, open_image
+from llava_train.data.pictures.processors import build_image_processor, pixel_values, with_aspect_ratio
 from llava_train.errors import DataError, RecordError
 from tests import tiny
 
