@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, TextIteratorStreamer
 
-from llava_train.data.encode import control_pattern
+from llava_train.data.encode import control_pattern, with_markers
 from llava_train.data.pictures.shapes import Picture, Shape, Shown
 from llava_train.data.pictures.shaping import build_shape
 from llava_train.data.templates.fit import stop_token
@@ -72,7 +72,8 @@ def render(assembly: Assembly, messages: Sequence[Message]) -> str:
         raise DataError(f"the model's chat template cannot be rendered: {error}") from error
     assert isinstance(text, str)
     # Our templates write `<image>` for a picture; a model's own writes what its family says.
-    return text.replace(IMAGE_TOKEN, family_of(assembly.model).marker)
+    family = family_of(assembly.model)
+    return with_markers(text, family.marker, family.line_end)
 
 
 def prompt_ids(assembly: Assembly, prompt: Prompt) -> list[int]:
@@ -128,6 +129,18 @@ def _questions(assembly: Assembly, prompt: Prompt) -> list[list[int]]:
 
 def answer(assembly: Assembly, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
     """Answers of a batch; greedy at temperature 0."""
+    mixes = family_of(assembly.model).mixes
+    counts = [0 if mixes else len(prompt.pictures) for prompt in prompts]
+    answers = [""] * len(prompts)
+    for count in sorted({*counts}):
+        places = [place for place, own in enumerate(counts) if own == count]
+        texts = _answers(assembly, [prompts[place] for place in places], max_new_tokens, temperature)
+        for place, text in zip(places, texts):
+            answers[place] = text
+    return answers
+
+
+def _answers(assembly: Assembly, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float) -> list[str]:
     inputs = batch_inputs(assembly, prompts)
     with torch.inference_mode():
         output = assembly.model.generate(**inputs, **_options(assembly, max_new_tokens, temperature))

@@ -88,6 +88,7 @@ class Encoder:
         max_length: longest sequence in tokens, images included.
         marker: what stands for a picture in the text, one image token in it.
         image_token: that one.
+        line_end: what stands behind it for the end of a line.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -96,6 +97,7 @@ class Encoder:
     max_length: int
     marker: str = IMAGE_MARKER
     image_token: str = IMAGE_MARKER
+    line_end: str = "\n"
     image_token_id: int = field(init=False)
     control: re.Pattern[str] = field(init=False, repr=False)
 
@@ -133,8 +135,9 @@ def control_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pat
     """
     added = tokenizer.added_tokens_decoder.values()
     written = "".join(_rendered(template, tokenizer))
-    tokens = {str(token) for token in added if token.special or str(token) in written}
-    tokens |= {*tokenizer.all_special_tokens, IMAGE_MARKER}
+    # Some tokenizers (Gemma's) keep line breaks and runs of spaces as added tokens: those are text.
+    names = [str(token) for token in added if token.special or (str(token).strip() and str(token) in written)]
+    tokens = {*names, *tokenizer.all_special_tokens, IMAGE_MARKER}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
 
@@ -144,15 +147,22 @@ def _rendered(template: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
             yield rendering(template, tokenizer, probe)[0]
 
 
-def messages_of(sample: Sample, marker: str = IMAGE_MARKER) -> list[dict[str, str]]:
-    """The sample as chat messages, each picture written as `marker`."""
-    return [
-        {
-            "role": turn.role,
-            "content": "".join(marker if isinstance(part, ImageRef) else part for part in turn.parts),
-        }
-        for turn in sample.turns
-    ]
+def messages_of(sample: Sample, marker: str = IMAGE_MARKER, line_end: str = "\n") -> list[dict[str, str]]:
+    """The sample as chat messages; see `with_markers`."""
+    return [{"role": turn.role, "content": with_markers(_written(turn), marker, line_end)} for turn in sample.turns]
+
+
+def _written(turn: Turn) -> str:
+    return "".join(IMAGE_MARKER if isinstance(part, ImageRef) else part for part in turn.parts)
+
+
+def with_markers(text: str, marker: str, line_end: str) -> str:
+    """A text with `marker` for every `<image>`, and `line_end` for the end of a line right behind one.
+
+    >>> with_markers("<image>\\nWhat? <image>", "<|image|>", "")
+    '<|image|>What? <|image|>'
+    """
+    return text.replace(f"{IMAGE_MARKER}\n", marker + line_end).replace(IMAGE_MARKER, marker)
 
 
 def encode(sample: Sample, encoder: Encoder, sizes: Sequence[int] = ()) -> Encoded:
@@ -176,7 +186,7 @@ def encode_many(
     results: list[Encoded | RecordError | None] = [_text_fault(sample, encoder) for sample in samples]
     good = [index for index, result in enumerate(results) if result is None]
     if good:
-        rendered = _apply_template([messages_of(samples[i], encoder.marker) for i in good], encoder)
+        rendered = _apply_template([messages_of(samples[i], encoder.marker, encoder.line_end) for i in good], encoder)
         for index, ids, mask in zip(good, rendered["input_ids"], rendered["assistant_masks"]):
             own = () if sizes is None else sizes[index]
             results[index] = _finish(samples[index], np.asarray(ids, np.int32), np.asarray(mask, np.int8), encoder, own)

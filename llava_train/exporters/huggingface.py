@@ -42,7 +42,8 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
     """
     model, spec = assembly.model, assembly.spec
     if spec.architecture != "llava" and spec.llm.kind == "llava":
-        return write_back(assembly, folder)
+        write_back(assembly, folder)
+        return
     if spec.architecture != "llava":
         raise ExportError(
             f"target 'hf' carries a {spec.architecture} model only where it began as a folder in transformers' layout; "
@@ -64,11 +65,11 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
 def write_back(assembly: Assembly, folder: Path) -> None:
     """A model that began in transformers' layout, in that layout; its processor by the files of its parts, because a
     part for video need not be there."""
-    model, marker = assembly.model, family_of(assembly.model).marker
+    model, family = assembly.model, family_of(assembly.model)
     model.generation_config.eos_token_id = stop_ids(assembly)
     model.save_pretrained(folder)
     # Our templates write `<image>` for a picture, which such a class does not know.
-    template = portable(assembly.template).replace(IMAGE_TOKEN, marker)
+    template = portable(assembly.template).replace(f"{IMAGE_TOKEN}\\n", family.marker + repr(family.line_end)[1:-1])
     assembly.tokenizer.chat_template = template
     assembly.tokenizer.save_pretrained(folder)
     assembly.image_processor.save_pretrained(folder)

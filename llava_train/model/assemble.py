@@ -33,7 +33,7 @@ from llava_train.model.encoders import (
 )
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.families.tiles import tile_config
-from llava_train.model.llm import add_image_token, grow_vocabulary, load_llm, load_tokenizer
+from llava_train.model.llm import add_image_token, grow_vocabulary, head_of, load_llm, load_tokenizer
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.recipe import ModelSettings
 
@@ -208,7 +208,7 @@ def join(
     model.model.vision_tower = tower
     model.model.language_model = llm.get_decoder()
     model.model.multi_modal_projector = connector
-    model.lm_head = llm.get_output_embeddings()
+    model.lm_head = head_of(llm)
     FAMILIES[architecture].complete(model, seed)
     model.generation_config = llm.generation_config
     model.generation_config.pad_token_id = config.pad_token_id
@@ -223,15 +223,17 @@ def require_weights(model: nn.Module) -> None:
         raise CheckpointError(f"no part brings these weights: {', '.join(left[:10])}")
 
 
-def fingerprint(part: nn.Module, rows: int | None = None) -> str:
+def fingerprint(part: Any, rows: int | None = None) -> str:
     """A hash of a part's weights that is cheap at any size: names, shapes and an exact sum of each tensor's bits.
 
     `rows` limits embeddings and head to the rows that came with the checkpoint.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    # By what it is: not every decoder calls its embeddings the same.
+    embedding = part.get_input_embeddings().weight if rows is not None else None
     described = []
-    for name, tensor in sorted(part.state_dict().items()):
-        grown = rows is not None and (name.endswith("embed_tokens.weight") or name.startswith("lm_head."))
+    for name, tensor in sorted(part.state_dict(keep_vars=True).items()):
+        grown = rows is not None and (tensor is embedding or name.startswith("lm_head."))
         whole = tensor.detach()[:rows] if grown else tensor.detach()
         bits = whole.contiguous().view(integers[tensor.element_size()])
         described.append([name, list(whole.shape), int(bits.sum(dtype=torch.int64))])

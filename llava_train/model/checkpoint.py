@@ -26,7 +26,8 @@ from llava_train.model.assemble import Assembly, fingerprint, join, require_weig
 from llava_train.model.connectors import build_connector
 from llava_train.model.encoders import key_report, reload_vision_tower
 from llava_train.model.families.table import FAMILIES
-from llava_train.model.llm import grow_vocabulary, load_llm, set_rows
+from llava_train.model.llm import attention_or_own, grow_vocabulary, load_llm, set_rows
+from llava_train.model.original import is_original, load_original
 from llava_train.model.screening import (
     count_tensors,
     own_file,
@@ -157,6 +158,8 @@ def load_model(
     """
     folder = model_folder(path)
     if not (folder / MANIFEST).is_file():
+        if is_original(folder):
+            return load_original(folder, dtype, attn_implementation, llm, vision)
         return load_stock(folder, dtype, attn_implementation)
     screen_configs(folder)
     spec = read_spec(folder)
@@ -269,7 +272,9 @@ def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
 
     kind = AutoModelForCausalLM if causal else AutoModel
     with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
-        return kind.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        return kind.from_config(
+            config, dtype=torch.float32, attn_implementation=attention_or_own(attn_implementation)
+        )
 
 
 def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:

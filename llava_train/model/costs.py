@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
+from llava_train.model.cross.blocks import Reading
+from llava_train.model.families.table import family_of
 from llava_train.model.vision import image_features
 
 _LINEAR = ("aten.mm", "aten.addmm", "aten.convolution")
@@ -46,6 +48,11 @@ class Work:
     def forward(self) -> float:
         """All of it."""
         return self.linear + self.attention + self.adapters
+
+    def plus(self, other: Work, times: float = 1.0) -> Work:
+        """The sum with `times` the other's."""
+        parts = ((self.linear, other.linear), (self.attention, other.attention), (self.adapters, other.adapters))
+        return Work(*(one + times * two for one, two in parts))
 
     def needed(self, mode: str, below: bool) -> float:
         """Forward and backward where the part trains as `mode` says ("frozen", "lora" or "full").
@@ -91,6 +98,7 @@ class Costs:
         image: the tower up to the feature layer, an image.
         connector: the connector, an image.
         head: the LM head, a supervised position.
+        looking: gated layers of cross-attention, a token; all tokens are taken to see a picture.
     """
 
     token: Work
@@ -98,6 +106,7 @@ class Costs:
     image: Work
     connector: Work
     head: float
+    looking: Work = Work()
 
     @property
     def image_in_tokens(self) -> float:
@@ -110,24 +119,46 @@ class Costs:
         return self.pair / self.token.forward
 
 
-def costs_of(model: LlavaForConditionalGeneration, image_size: int | None = None) -> Costs:
+def costs_of(model: PreTrainedModel, image_size: int | None = None) -> Costs:
     """Costs of a model as it is, adapters included; its weights may be on the meta device.
 
-    Call it before weights are spread over ranks. `image_size` in pixels, where it is not the tower's own.
+    Call it before weights are spread over ranks. `image_size` in pixels, where it is not the tower's own. Of a family
+    that is not `measured`, tower and connector count as nothing.
     """
-    text, size = model.config.text_config, image_size or model.config.vision_config.image_size
+    text = model.config.text_config
     layers = model.model.language_model.layers
     linear, adapters = _weights(layers)
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tower, features_1PV = _counted(model, image_features, (1, 3, size, size))
-    connector, _ = _counted(model, lambda whole, x: whole.model.multi_modal_projector(x), tuple(features_1PV.shape))
+    tower = connector = looking = Work()
+    if family_of(model).measured:
+        size = image_size or model.config.vision_config.image_size
+        tower, features_1PV = _counted(model, image_features, (1, 3, size, size))
+        shape = tuple(features_1PV.shape)
+        connector, states_1PD = _counted(model, lambda whole, x: whole.model.multi_modal_projector(x), shape)
+        if hasattr(model.model, "cross_attention"):
+            looking, once = _looking(model, states_1PD.shape)
+            connector = connector.plus(once)
     return Costs(
         token=Work(2.0 * linear, adapters=2.0 * adapters),
         pair=4.0 * text.num_attention_heads * head_width * len(layers),
         image=tower,
         connector=connector,
         head=2.0 * model.lm_head.weight.numel(),
+        looking=looking,
     )
+
+
+def _looking(model: PreTrainedModel, shape: torch.Size) -> tuple[Work, Work]:
+    """All gated layers: a token that sees a picture, and a picture; `shape` is that of its states."""
+
+    def call(whole: Any, hidden_1TD: torch.Tensor) -> torch.Tensor:
+        states, pairs = hidden_1TD.new_empty(shape), torch.arange(hidden_1TD.shape[1])
+        for block in whole.model.cross_attention:
+            hidden_1TD = block(hidden_1TD, states, Reading(pairs, pairs[None], pairs))
+        return hidden_1TD
+
+    one, two = (_counted(model, call, (1, tokens, shape[-1]))[0] for tokens in (1, 2))
+    return two.plus(one, -1), one.plus(one).plus(two, -1)
 
 
 def step_flops(costs: Costs, counts: Counts, modes: Mapping[str, str]) -> dict[str, float]:
@@ -143,7 +174,8 @@ def step_flops(costs: Costs, counts: Counts, modes: Mapping[str, str]) -> dict[s
     head = Work(costs.head * counts.supervised)
     return {
         "vision": counts.images * costs.image.needed(vision, False),
-        "connector": counts.images * costs.connector.needed(connector, under),
+        "connector": counts.images * costs.connector.needed(connector, under)
+        + counts.tokens * costs.looking.needed(connector, inside or llm != "frozen"),
         "llm": decoder.needed(llm, inside),
         "head": head.needed("full" if llm == "full" else "frozen", inside or llm != "frozen"),
     }
@@ -180,7 +212,7 @@ class _Calling(nn.Module):
 
 
 def _counted(
-    model: LlavaForConditionalGeneration, call: Callable[..., torch.Tensor], shape: tuple[int, ...]
+    model: PreTrainedModel, call: Callable[..., torch.Tensor], shape: tuple[int, ...]
 ) -> tuple[Work, torch.Tensor]:
     """What torch counts while `call` handles an input of `shape`, and a result without values."""
     # Attention by its definition: not every fused kernel is one that torch counts.

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from llava_train.model.attention import NAME, Layout
 from llava_train.model.costs import without_values
+from llava_train.model.cross.blocks import Reading
 from llava_train.model.vision import image_features, layer_inputs
 
 _FEW = 16
@@ -71,7 +72,7 @@ class Conditions:
     image_size: int | None = None
 
 
-def measure_kept(model: LlavaForConditionalGeneration, run: Conditions) -> Kept:
+def measure_kept(model: PreTrainedModel, run: Conditions) -> Kept:
     """What a model that is tuned, but not placed yet, keeps of a micro-batch. It may be on the meta device.
 
     Call it before recompute is switched on and before kernels are exchanged for others.
@@ -85,6 +86,7 @@ def measure_kept(model: LlavaForConditionalGeneration, run: Conditions) -> Kept:
         layer, rest, decoder_copies = _first(
             lambda: _decoder(model, run, dtype), lambda: _decoder_with_values(model, on_cpu, dtype)
         )
+    rest += _looking(model, on_cpu, dtype)
     if run.autocast and run.dtypes.get("lm_head.weight", dtype) != run.autocast:
         copies += vocabulary * width * run.autocast.itemsize
     return Kept(
@@ -92,7 +94,24 @@ def measure_kept(model: LlavaForConditionalGeneration, run: Conditions) -> Kept:
     )
 
 
-def _vision(model: LlavaForConditionalGeneration, run: Conditions) -> tuple[float, float, float]:
+def _looking(model: PreTrainedModel, run: Conditions, dtype: torch.dtype) -> float:
+    """Bytes a token of all gated layers of cross-attention, where every token sees a picture."""
+    blocks = getattr(model.model, "cross_attention", ())
+    if not len(blocks):
+        return 0.0
+    width = model.config.text_config.hidden_size
+
+    def kept(count: int) -> int:
+        with FakeTensorMode():
+            hidden = torch.empty(1, count, width, dtype=dtype, requires_grad=True)
+            pairs, states = torch.arange(count), torch.empty(1, 1, width, dtype=dtype)
+            reading = Reading(pairs, pairs[None], pairs)
+            return _kept(model, run, lambda whole, x: whole.model.cross_attention[0](x, states, reading), hidden)
+
+    return len(blocks) * _line(kept)[0]
+
+
+def _vision(model: PreTrainedModel, run: Conditions) -> tuple[float, float, float]:
     """Bytes an image, the same with the tower's layers recomputed, and bytes of copies."""
     size = run.image_size or model.config.vision_config.image_size
 
@@ -111,22 +130,20 @@ def _vision(model: LlavaForConditionalGeneration, run: Conditions) -> tuple[floa
     return image, connector + layer_inputs(model, states) * states.element_size(), copies
 
 
-def _decoder(model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dtype) -> tuple[float, float, float]:
+def _decoder(model: PreTrainedModel, run: Conditions, dtype: torch.dtype) -> tuple[float, float, float]:
     """Bytes a token of a layer and outside the layers, and bytes of all copies."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return _measured_decoder(model, run, dtype)
 
 
-def _decoder_with_values(
-    model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dtype
-) -> tuple[float, float, float]:
+def _decoder_with_values(model: PreTrainedModel, run: Conditions, dtype: torch.dtype) -> tuple[float, float, float]:
     """The same for a decoder whose path depends on values, or a kernel that must have them.
 
     A layer or two, a few tokens, plain attention, values of any kind.
     """
     config = model.model.language_model.config
     attention = config._attn_implementation
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa" if model.model.language_model._supports_sdpa else "eager"
     try:
         with torch.random.fork_rng(devices=[]):
             return _measured_decoder(model, replace(run, length=_FEW), dtype)
@@ -134,9 +151,7 @@ def _decoder_with_values(
         config._attn_implementation = attention
 
 
-def _measured_decoder(
-    model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dtype
-) -> tuple[float, float, float]:
+def _measured_decoder(model: PreTrainedModel, run: Conditions, dtype: torch.dtype) -> tuple[float, float, float]:
     decoder = model.model.language_model
     every = decoder.layers
     lines = []
@@ -151,7 +166,7 @@ def _measured_decoder(
     return layer / run.length, (sample - layer) / run.length, copies + (len(every) - 1) * (more - copies)
 
 
-def _rows(model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dtype, count: int) -> tuple[Any, ...]:
+def _rows(model: PreTrainedModel, run: Conditions, dtype: torch.dtype, count: int) -> tuple[Any, ...]:
     """Embeddings, places and further arguments for `count` samples: packed, or a row each."""
     config = model.model.language_model.config
     packed = config._attn_implementation == NAME
@@ -166,7 +181,7 @@ def _rows(model: LlavaForConditionalGeneration, run: Conditions, dtype: torch.dt
 
 
 def _decode(
-    model: LlavaForConditionalGeneration, embeddings: torch.Tensor, places: torch.Tensor, others: dict[str, Any]
+    model: PreTrainedModel, embeddings: torch.Tensor, places: torch.Tensor, others: dict[str, Any]
 ) -> torch.Tensor:
     decoder = model.model.language_model
     hidden: torch.Tensor = decoder(
@@ -182,7 +197,7 @@ class _Box:
         self.tensor = tensor
 
 
-def _kept(model: LlavaForConditionalGeneration, run: Conditions, call: Callable[..., Any], *inputs: Any) -> int:
+def _kept(model: PreTrainedModel, run: Conditions, call: Callable[..., Any], *inputs: Any) -> int:
     """Bytes that the graph of `call`'s result holds, weights left out."""
     boxes: weakref.WeakSet[_Box] = weakref.WeakSet()
 
@@ -221,7 +236,7 @@ def _line(measure: Callable[[int], int]) -> tuple[float, float]:
 
 
 @contextmanager
-def _training(model: LlavaForConditionalGeneration) -> Iterator[None]:
+def _training(model: PreTrainedModel) -> Iterator[None]:
     before = model.training
     model.train()
     try:

@@ -28,6 +28,7 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
     try:
         model, info = FAMILIES[config.model_type].model_class.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
@@ -53,6 +54,7 @@ def read_stock(folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase,
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what is wrong with a folder comes as many types
         raise CheckpointError(f"{folder}: is no model: {error}") from error
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # some classes never tie, nor say so
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{folder}: holds a {config.model_type!r} model, not one of those we know: {known}")

@@ -82,9 +82,9 @@ class OpenClipTrunk(PreTrainedModel):
     def train(self, mode: bool = True) -> OpenClipTrunk:
         """As in all modules, but batch norms keep the statistics of what the trunk was trained on."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        norms = [module for module in self.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.eval()
         return self
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
@@ -94,7 +94,7 @@ class OpenClipTrunk(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Only what a checkpoint does not hold and timm calculates: open_clip initialised the weights itself."""
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            module.init_non_persistent_buffers()  # type: ignore[operator]
 
 
 AutoConfig.register(OpenClipTrunkConfig.model_type, OpenClipTrunkConfig)

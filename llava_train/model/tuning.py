@@ -39,7 +39,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def part_of(name: str) -> str:
     """The part that a parameter or module name of the model belongs to."""
-    fitting = [prefix for prefix in _PREFIXES if name.startswith(prefix)]
+    fitting = [prefix for prefix in _PREFIXES if f"{name}.".startswith(prefix)]
     if not fitting:
         raise ValueError(f"{name} belongs to no part")
     return _PREFIXES[max(fitting, key=len)]

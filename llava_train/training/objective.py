@@ -53,14 +53,17 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.attention, self.made_features = model, attention, made_features
         trains = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        behind = shards_weights or "connector" in trains
-        before = shards_weights or "vision" in trains or (behind and not family_of(model).separable)
+        family = family_of(model)
+        behind = shards_weights or "connector" in trains or (family.looks and "llm" in trains)
+        before = shards_weights or "vision" in trains or (behind and not family.separable)
         self.blank: Blank = "pixels" if before and not made_features else "features" if behind else "nothing"
 
     @property
     def idle_layers(self) -> list[nn.Module]:
         """Layers of the model that no batch runs."""
-        tower = self.model.model.vision_tower
+        tower = getattr(self.model.model, "vision_tower", None)
+        if tower is None:  # a class that is not of LLaVA's kind uses all of what it has
+            return []
         return tower_layers(tower) if self.made_features else layers_above(self.model)
 
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -13,12 +13,14 @@ from llava_train.data.pictures.processors import build_image_processor
 from llava_train.data.pictures.shapes import Shape
 from llava_train.data.pictures.shaping import build_shape
 from llava_train.data.templates.fit import resolve_template
+from llava_train.errors import RecipeError
 from llava_train.inference import shape_of
 from llava_train.model.assemble import Seen, architecture_of, image_tokens_of, picture_options, see
 from llava_train.model.checkpoint import model_folder
 from llava_train.model.encoders import vision_sources
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.llm import add_image_token, load_tokenizer
+from llava_train.model.original import is_original, original_facts, require_frame
 from llava_train.model.spec import MANIFEST, read_spec
 from llava_train.model.stock import read_stock, stock_spec
 from llava_train.recipe import ModelSettings, Recipe, SourceSettings
@@ -33,13 +35,23 @@ def _composition(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     if (folder / MANIFEST).is_file():
         spec = read_spec(folder)
         return spec.architecture, spec.connector_options
+    if is_original(folder):
+        return original_facts(folder, *lacking_parts(recipe))[2].architecture, {}
     return str(read_stock(folder)[0].model_type), {}
 
 
 def fitted(recipe: Recipe) -> Recipe:
-    """The recipe without what its model cannot do and nobody has to know beforehand: packed rows, shared beginnings."""
+    """The recipe without what its model cannot do and nobody has to know beforehand: packed rows, shared beginnings.
+
+    RecipeError for a feature cache that it cannot have.
+    """
     architecture, options = _composition(recipe)
     speed = recipe.speed
+    if recipe.data.feature_cache and not tokens_of(recipe)[1].separable:
+        raise RecipeError(
+            f"data.feature_cache: holds one square picture, which is not what a {architecture} model sees; set it "
+            "to false"
+        )
     if speed.packing and not FAMILIES[architecture].packs:
         say(f"speed.packing: a {architecture} model reads padded rows; packing is off")
         speed = replace(speed, packing=False, micro_batch_tokens=None)
@@ -49,6 +61,12 @@ def fitted(recipe: Recipe) -> Recipe:
     return replace(recipe, speed=speed)
 
 
+def lacking_parts(recipe: Recipe) -> tuple[str | None, str | None]:
+    """LLM and encoder that a recipe names for an `init_from` of the original code, whose folders may lack them."""
+    vision = recipe.model.vision
+    return recipe.model.llm or None, vision if isinstance(vision, str) and vision else None
+
+
 def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Shape, str]:
     """The tokenizer of a recipe, how its pictures become tokens, and its family, from configurations alone."""
     if recipe.init_from:
@@ -56,6 +74,8 @@ def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Shape, str]:
         if (folder / MANIFEST).is_file():
             spec, tokenizer = read_spec(folder), load_tokenizer(str(folder))
             processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        elif is_original(folder):
+            tokenizer, processor, spec = original_facts(folder, *lacking_parts(recipe))
         else:
             config, tokenizer, processor = read_stock(folder)
             spec = stock_spec(folder, config, processor)
@@ -80,9 +100,12 @@ def encoders_of(recipe: Recipe) -> dict[str, Encoder]:
     tokenizer, shape, architecture = tokens_of(recipe)
     family, length = FAMILIES[architecture], recipe.data.max_length
     names = {template_of(source, recipe) for source in (*recipe.data.train, *recipe.data.validation)}
+    templates = {name: resolve_template(name, tokenizer)[1] for name in sorted(names)}
+    for template in templates.values():
+        require_frame(tokenizer, template)
     return {
-        name: Encoder(tokenizer, resolve_template(name, tokenizer)[1], shape, length, family.marker, family.image_token)
-        for name in sorted(names)
+        name: Encoder(tokenizer, template, shape, length, family.marker, family.image_token, family.line_end)
+        for name, template in templates.items()
     }
 
 

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_train.errors import RecipeError
 from llava_train.model.memory import Kept
+from llava_train.model.tuning import part_of
 from llava_train.model.vision import tower_layers
 
 Setting = Literal["auto", "none", "selective", "full"]
@@ -81,9 +83,7 @@ class Memory:
         )
 
 
-def resident_bytes(
-    model: LlavaForConditionalGeneration, dtypes: Mapping[str, torch.dtype], spread: Spread
-) -> tuple[float, float]:
+def resident_bytes(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], spread: Spread) -> tuple[float, float]:
     """Bytes a process holds whatever the batch: (weights, gradients and optimizer). `dtypes` by name of weight."""
     weights = states = 0.0
     for name, parameter in model.named_parameters():
@@ -133,19 +133,29 @@ def layers_bytes(count: int, layers: int, layer: float, entry: float) -> float:
     return count * entry + max(layers - count, 1) * layer
 
 
-def apply_recompute(model: LlavaForConditionalGeneration, count: int) -> None:
+def apply_recompute(model: PreTrainedModel, count: int) -> None:
     """Recompute the first `count` decoder layers, and no other; a tower that trains with them where it is all of them.
 
     Before the model is placed. RecipeError where a decoder's layers cannot be recomputed.
     """
-    decoder, tower = model.model.language_model, model.model.vision_tower
-    whole = count == len(decoder.layers) and any(weight.requires_grad for weight in tower.parameters())
+    decoder, seeing = model.model.language_model, _seeing_layers(model)
+    whole = count == len(decoder.layers) and any(p.requires_grad for layer in seeing for p in layer.parameters())
     chosen = [(layer, number < count) for number, layer in enumerate(decoder.layers)]
-    for layer, recomputed in [*chosen, *((layer, whole) for layer in tower_layers(tower))]:
+    chosen += [(block, number < count) for number, block in getattr(model.model, "blocks", {}).items()]
+    for layer, recomputed in [*chosen, *((layer, whole) for layer in seeing)]:
         if recomputed and not isinstance(layer, GradientCheckpointingLayer):
             raise RecipeError(f"speed.recompute: {type(layer).__name__} cannot be recomputed; set it to none")
         layer.gradient_checkpointing = recomputed
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def _seeing_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the tower; of a class that is not of LLaVA's kind, those that transformers can recompute."""
+    tower = getattr(model.model, "vision_tower", None)
+    if tower is not None:
+        return tower_layers(tower)
+    known = [(name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for name, module in known if part_of(name) == "vision"]
 
 
 def _gb(count: float) -> str:

@@ -14,9 +14,10 @@ from llava_train.model.checkpoint import model_entries, save_model
 from llava_train.model.spec import MANIFEST
 from llava_train.recipe import Recipe, load_recipe
 from llava_train.tensorfile import in_file_order
+from llava_train.training.checkpoints.constants import changed_keys, constants_of
 from llava_train.training.checkpoints.manifest import steps_of
 from llava_train.training.checkpoints.mirror import Mirror
-from llava_train.training.checkpoints.resuming import changed_keys, forget
+from llava_train.training.checkpoints.resuming import forget
 from llava_train.training.checkpoints.saving import Saver, sweep_unfinished
 from llava_train.training.checkpoints.shards import shard_bytes
 from llava_train.training.engines.choice import require_engine
@@ -27,7 +28,7 @@ from llava_train.training.loop import Hooks, run_loop
 from llava_train.training.material import course_of, epoch_of
 from llava_train.training.monitor import METRICS, Monitor, read_rows, say, write_run_report
 from llava_train.training.parts import fitted
-from llava_train.training.setup import Setup, constants_of, set_up, state_facts
+from llava_train.training.setup import Setup, set_up, state_facts
 from llava_train.training.signals import deferred_stop
 from llava_train.training.state import RunState
 from llava_train.training.watch import Limits, Watch, watching

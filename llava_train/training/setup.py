@@ -12,7 +12,7 @@ import torch
 
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
-from llava_train.model.assemble import Assembly, assemble, see, with_spec
+from llava_train.model.assemble import Assembly, assemble, fingerprint, see, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
 from llava_train.model.costs import Costs, Work, costs_of
@@ -20,8 +20,10 @@ from llava_train.model.families.table import FAMILIES
 from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
 from llava_train.model.memory import Conditions, measure_kept
+from llava_train.model.original import require_frame
 from llava_train.model.tuning import Group, apply_tuning, parameter_groups, planned_dtypes, tuning_table
 from llava_train.recipe import Recipe
+from llava_train.training.checkpoints.constants import constants_of, flatten
 from llava_train.training.checkpoints.resuming import load_state, newest, require_same_run
 from llava_train.training.engines.base import Engine
 from llava_train.training.engines.choice import Load, device_memory, make_engine
@@ -29,7 +31,7 @@ from llava_train.training.engines.ranks import Ranks
 from llava_train.training.features import with_features
 from llava_train.training.material import Prepared, cut_of, plan_of, prepare_in_turn
 from llava_train.training.objective import LOGITS_BYTES, Objective
-from llava_train.training.parts import processor_of
+from llava_train.training.parts import lacking_parts, processor_of
 from llava_train.training.recompute import (
     Memory,
     MicroBatch,
@@ -115,10 +117,10 @@ def set_up(
 def build(recipe: Recipe) -> Assembly:
     """The model of a recipe: assembled from parts, or taken from `init_from` (its adapters folded in)."""
     if recipe.init_from:
-        model = recipe.model
-        parts = (model.llm or None, model.vision if isinstance(model.vision, str) and model.vision else None)
-        assembly = merged(load_model(recipe.init_from, torch.float32, model.attn_implementation, *parts))
+        attention, parts = recipe.model.attn_implementation, lacking_parts(recipe)
+        assembly = merged(load_model(recipe.init_from, torch.float32, attention, *parts))
         name, template = resolve_template(recipe.data.template, assembly.tokenizer)
+        require_frame(assembly.tokenizer, template)
         history = (*assembly.spec.history, recipe.init_from)
         assembly = with_spec(assembly, template=name, history=history)
         return replace(assembly, template=template)
@@ -194,31 +196,11 @@ def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[
     values["tokenizer"] = prepared.tokenizer
     values["weights"] = {"vision": assembly.spec.vision.fingerprint, "llm": assembly.spec.llm.fingerprint}
     if recipe.init_from:
-        values["weights"]["init_from"] = weights_digest(recipe.init_from)
+        values["weights"]["init_from"] = weights_digest(recipe.init_from) or fingerprint(assembly.model)
     values["data.train"] = prepared.train.contents
     values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
     values["data.validation"] = prepared.validation.contents if prepared.validation else None
-    return _flatten(values)
-
-
-def constants_of(recipe: Recipe) -> dict[str, Any]:
-    """Keys of a recipe without those that say where it runs, what it reports and how often it saves."""
-    values = recipe.to_dict()
-    for free in ("name", "output", "speed", "engine", "checkpoint", "monitor"):
-        values.pop(free)
-    for free in ("cache_dir", "prepare_workers", "num_workers"):
-        values["data"].pop(free)
-    return _flatten(values)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return flatten(values)
 
 
 def state_facts(setup: Setup) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
+from llava_train.errors import CheckpointError
 from llava_train.model.open_clip import build_visual, import_open_clip
 from llava_train.model.open_clip_convert import _find, _size, convert
 
@@ -89,12 +90,29 @@ def make(folder: Path, name: str) -> None:
     convert("any", str(next(own.glob("w.*"))), folder / "converted" / name)
 
 
-def found() -> dict[str, object]:
+class Evil:
+    """A pickle that would touch a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def found(folder: Path) -> dict[str, object]:
     open_clip = import_open_clip()
     with mock.patch.object(open_clip, "download_pretrained", lambda cfg: "nowhere"):
         every = {name: _find(*each) for name, each in TAGS.items()}
     local = _find("ViT-B-16-SigLIP", "/nowhere/weights.safetensors")
+    try:
+        torch.save(Evil(folder / "canary"), folder / "clip" / "evil.pt")
+        convert("any", str(folder / "clip" / "evil.pt"), folder / "converted" / "evil")
+        evil = "converted"
+    except CheckpointError as error:
+        evil = str(error)
     return {
+        "evil": evil,
         **{name: {**each.preprocess, "quick_gelu": each.model["quick_gelu"]} for name, each in every.items()},
         "local": local.preprocess,
     }
@@ -105,4 +123,4 @@ if __name__ == "__main__":
     register()
     for case in CASES:
         make(root, case)
-    (root / "found.json").write_text(json.dumps(found()))
+    (root / "found.json").write_text(json.dumps(found(root)))

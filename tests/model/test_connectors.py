@@ -1,6 +1,5 @@
 """What holds for every row of the registry."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,6 @@ from llava_train.training.objective import Objective
 from tests.model.connectors import cases
 from tests.model.connectors.cases import CASES, assembly_with, every_case, fresh, inputs
 from tests.model.measured import batch, llava
-
-QFORMER = json.dumps(cases.QFORMER)
-EVERY = ["linear", "mlp2x_gelu", "qformer"]
 
 
 @every_case
@@ -79,9 +75,9 @@ def test_a_model_comes_back_bit_for_bit(workplace: Path, tmp_path: Path, name: s
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "identity"])
 def test_stage_1_lowers_the_loss(name: str, options) -> None:
     loud = {"initializer_range": 0.3}  # or the picture moves the logits by next to nothing
-    model = llava({"connector": "full"}, connector=name, options=options, text=loud)
-    objective = Objective(model, attention="dense").train()
     tokens = connector_tokens(name, 4, options)
+    model = llava({"connector": "full"}, connector=name, options=options, text=loud, image_seq_length=tokens)
+    objective = Objective(model, attention="dense").train()
     made = batch(model, [tokens + 12, tokens + 9], image_tokens=tokens)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []

@@ -25,12 +25,12 @@ from transformers import (
 
 from llava_train.data.collate import Collated, pack, pad
 from llava_train.data.encode import IGNORE
-from llava_train.errors import RecipeError
+from llava_train.errors import CheckpointError, RecipeError
 from llava_train.model.attention import Layout, use_packed_attention
 from llava_train.model.cross.blocks import GatedBlock, Reading, pictures_seen
 from llava_train.model.cross.fused import (
     CrossAttentionForConditionalGeneration,
-    add_cross_attention,
+    complete_blocks,
     decoder_inputs,
     plan_blocks,
 )
@@ -61,6 +61,20 @@ def stock(text: PretrainedConfig | None = None) -> LlavaForConditionalGeneration
     model = LlavaForConditionalGeneration(config)
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def add_cross_attention(
+    model: LlavaForConditionalGeneration, options: dict[str, object], seed: int | None
+) -> CrossAttentionForConditionalGeneration:
+    """Blocks between the parts of a stock model."""
+    model.config.cross_attention = plan_blocks(model.config.text_config, options)
+    with torch.device("meta"):
+        fused = CrossAttentionForConditionalGeneration(model.config)
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(fused.model, name, getattr(model.model, name))
+    fused.lm_head, fused.generation_config = model.lm_head, model.generation_config
+    complete_blocks(fused, seed)
+    return fused.eval()
 
 
 def fused(opened: bool = True, text: PretrainedConfig | None = None) -> CrossAttentionForConditionalGeneration:
@@ -289,6 +303,8 @@ def test_training_and_inference_compute_the_same() -> None:
     inputs = decoder_inputs(model, states_of(model, 3), pictures_seen(TWO_ROWS, IMAGE))
     hidden = model.model.language_model(inputs_embeds=model.get_input_embeddings()(TWO_ROWS), **inputs)
     torch.testing.assert_close(model.lm_head(hidden.last_hidden_state), expected, atol=1e-6, rtol=1e-6)
+    read = model.model.read(states_of(model, 3))
+    assert torch.equal(model.model(TWO_ROWS, pictures=read).last_hidden_state @ model.lm_head.weight.T, expected)
     second = add_cross_attention(model, {"every": 2, "feed_forward": 2}, seed=None)
     second.model.cross_attention = model.model.cross_attention
     assert torch.equal(second(TWO_ROWS, pixel_values=pixels(3)).logits, expected)
@@ -408,6 +424,14 @@ def test_a_decoder_that_keeps_pictures_from_its_layers_is_refused(decoder: type[
     model.model.language_model = decoder(model.config.text_config)
     with pytest.raises(RecipeError, match=rf"model\.fusion: {decoder.__name__} "):
         add_cross_attention(model, {}, seed=0)
+
+
+@pytest.mark.parametrize("layers", [[1, 4], [3, 1], [1, 1], [-1]])
+def test_layers_that_the_decoder_does_not_have_are_refused(layers: list[int]) -> None:
+    config = stock().config
+    config.cross_attention = {**plan_blocks(config.text_config, {}), "layers": layers}
+    with pytest.raises(CheckpointError, match=r"cross_attention: layers: "):
+        CrossAttentionForConditionalGeneration(config)
 
 
 def test_a_decoder_without_layers_is_refused() -> None:

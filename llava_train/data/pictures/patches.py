@@ -1,4 +1,4 @@
-"""Pictures in their own proportions, as flattened patches: Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923).
+"""Pictures in their own proportions, as flattened patches: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923).
 
 A picture is brought to the nearest size of whole patches within the image processor's limits; `merge_size` x
 `merge_size` neighbouring patches become one token. Frames of a video are single pictures here, each with marks of its

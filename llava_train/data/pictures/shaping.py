@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_train.data.pictures import mllama, tiles  # noqa: F401  (registers its shapes)
+from llava_train.data.pictures import mllama, patches, tiles  # noqa: F401  (registers its shapes)
 from llava_train.data.pictures.shapes import SHAPES, Shape
 
 

@@ -136,7 +136,7 @@ def _shaping(source: Source) -> dict[str, Any]:
         "tokenizer": encoder.tokenizer_digest,
         "template": sha256_json(encoder.template),
         "image_tokens": encoder.shaping,
-        "marker": encoder.marker,
+        "marker": encoder.marker + encoder.line_end,
         "max_length": encoder.max_length,
     }
 

@@ -80,21 +80,23 @@ class QFormer(Connector):
         """(N, P, V) -> (N, queries, LLM width).
 
         Where `reads_text`: `text_NL` are ids of the LLM's tokenizer, `text_mask_NL` is 0 at padding, on either side.
-        Without text the queries read the image alone.
+        Without text the queries read the image alone, and the weights for text still get a gradient, of zero: ranks
+        whose pictures come without would otherwise keep the others waiting.
         """
         with torch.autocast(features_NPV.device.type, enabled=False):
             queries_NQW = self.queries.expand(len(features_NPV), -1, -1)
             features = features_NPV.to(queries_NQW.dtype)
-            text = self._text(text_NL, text_mask_NL) if self.reads_text else {}
+            text = self._text(text_NL, text_mask_NL, len(features)) if self.reads_text else {}
             read = self.qformer(query_embeds=queries_NQW, encoder_hidden_states=features, **text).last_hidden_state
             return self.projection(read[:, : queries_NQW.shape[1]])
 
-    def _text(self, text_NL: torch.Tensor | None, mask_NL: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-        if text_NL is None:
-            return {"input_ids": None}
+    def _text(self, text_NL: torch.Tensor | None, mask_NL: torch.Tensor | None, images: int) -> dict[str, torch.Tensor]:
+        if text_NL is None or not text_NL.shape[1]:
+            text_NL = torch.zeros(images, 1, dtype=torch.long, device=self.queries.device)
+            mask_NL = torch.zeros_like(text_NL)
         mask_NL = torch.ones_like(text_NL) if mask_NL is None else mask_NL.to(text_NL.dtype)
         positions_NL = (mask_NL.cumsum(1) - 1).clamp(0, _LONGEST - 1)
-        seen_NQ = mask_NL.new_ones(len(mask_NL), self.queries.shape[1])
+        seen_NQ = mask_NL.new_ones(images, self.queries.shape[1])
         return {
             "input_ids": text_NL,
             "position_ids": positions_NL,

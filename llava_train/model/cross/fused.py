@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-from llava_train.errors import RecipeError
+from llava_train.errors import CheckpointError, RecipeError
 from llava_train.model.cross.blocks import GatedBlock, Reading, pictures_seen
+from llava_train.model.screening import shown
 
 OPTIONS: dict[str, int | None] = {"every": 4, "num_attention_heads": None, "feed_forward": 4}
 """`model.fusion_options`: a block before each `every`-th decoder layer (3, 7, 11, ...; 4 as in Flamingo-9B and
@@ -68,6 +69,10 @@ class CrossAttentionModel(LlavaModel):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
         plan = config.cross_attention
+        if plan["layers"] != sorted({*plan["layers"]} & {*range(config.text_config.num_hidden_layers)}):
+            raise CheckpointError(
+                f"config.json: cross_attention: layers: {shown(plan['layers'])}: not those of the LLM"
+            )
         sizes = (plan["num_attention_heads"], plan["head_dim"], plan["feed_forward"])
         self.cross_attention = nn.ModuleList(GatedBlock(config.text_config.hidden_size, *sizes) for _ in plan["layers"])
         self.connect()
@@ -75,7 +80,7 @@ class CrossAttentionModel(LlavaModel):
 
     def connect(self) -> None:
         """Let the layers of the language model call the blocks; once for each language model that is put in."""
-        for number, layer in enumerate(self.language_model.layers):
+        for number, layer in enumerate(getattr(self.language_model, "layers", None) or _deaf(self.language_model)):
             layer.register_forward_pre_hook(partial(_before, number), with_kwargs=True)
 
     @property
@@ -86,14 +91,18 @@ class CrossAttentionModel(LlavaModel):
     def show(self, pixel_values: torch.Tensor) -> Pictures:
         """Pictures (I, 3, H, W) as the blocks read them, made once for any number of calls."""
         features = self.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        states = torch.stack(tuple(features)).to(self.language_model.dtype)
+        return self.read(torch.stack(tuple(features)))
+
+    def read(self, pictures_IPD: torch.Tensor) -> Pictures:
+        """The same from the connector's output."""
+        states = pictures_IPD.to(self.language_model.dtype)
         return Pictures(self.blocks, states, keys={n: block.keys_values(states) for n, block in self.blocks.items()})
 
-    def seen(self, input_ids: torch.Tensor, pictures: int) -> torch.Tensor:
+    def seen(self, input_ids: torch.Tensor | None, pictures: int) -> torch.Tensor:
         """`pictures_seen` of padded rows; ValueError where they do not show as many pictures as there are."""
-        shown = int((input_ids == self.config.image_token_id).sum())
-        if shown != pictures:
-            raise ValueError(f"input_ids have {shown} places for pictures, {pictures} were given")
+        places = 0 if input_ids is None else int((input_ids == self.config.image_token_id).sum())
+        if input_ids is None or places != pictures:
+            raise ValueError(f"input_ids have {places} places for pictures, {pictures} were given")
         return pictures_seen(input_ids, self.config.image_token_id)
 
     def forward(
@@ -117,13 +126,14 @@ class CrossAttentionModel(LlavaModel):
             pixel_values: (I, 3, H, W) in reading order, with `input_ids`; ValueError where they do not fit.
             attention_mask: (B, T), 1 where a token stands.
             inputs_embeds: (B, T, D).
-            pictures: instead of `pixel_values`, of `decoder_inputs`, or of `show` with `seen`.
-            seen: (B, T), see `pictures_seen`.
+            pictures: instead of `pixel_values`: of `show` or `read`.
+            seen: (B, T), see `pictures_seen`; by itself that of `input_ids`.
             kwargs: for the language model.
         """
-        if pixel_values is not None and input_ids is not None:
-            pictures, seen = self.show(pixel_values), self.seen(input_ids, len(pixel_values))
-        if pictures is not None and seen is not None:
+        if pixel_values is not None:
+            pictures = self.show(pixel_values)
+        if pictures is not None:
+            seen = self.seen(input_ids, len(pictures.states)) if seen is None else seen
             reading = Reading.of(seen, len(pictures.states))
             pictures = replace(pictures, reading=reading) if reading else None
         outputs = self.language_model(
@@ -147,16 +157,22 @@ class CrossAttentionForConditionalGeneration(LlavaForConditionalGeneration):
 
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pictures: Pictures | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As transformers' `generate`; prompts may be left-padded, each with its own pictures in reading order.
 
-        Pictures are looked at once. New tokens see what the last position of their prompt sees.
+        Pictures, in pixels or as of `CrossAttentionModel.read`, are looked at once. New tokens see what the last
+        position of their prompt sees.
         """
         prompt = kwargs.pop("input_ids", inputs)
         if pixel_values is not None:
-            kwargs["pictures"] = self.model.show(pixel_values)
-            kwargs["seen"] = self.model.seen(prompt, len(pixel_values))
+            pictures = self.model.show(pixel_values)
+        if pictures is not None:
+            kwargs |= {"pictures": pictures, "seen": self.model.seen(prompt, len(pictures.states))}
         return super().generate(prompt, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -218,29 +234,17 @@ def plan_blocks(text_config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def add_cross_attention(
-    model: LlavaForConditionalGeneration, options: Mapping[str, Any], seed: int | None
-) -> CrossAttentionForConditionalGeneration:
-    """The parts of a stock model with gated blocks between them; that model is not to be used any more.
+def complete_blocks(model: CrossAttentionForConditionalGeneration, seed: int | None) -> None:
+    """Blocks for a model around whose empty ones (on the meta device) other parts were put, in place.
 
-    Blocks are drawn from `seed`, the same on every machine, with gates at zero; without a seed they are empty (on the
-    meta device), to be loaded. RecipeError for wrong options, or a decoder that does not let its layers see pictures.
+    They are drawn from `seed`, the same on every machine, with gates at zero; without a seed they stay empty, to be
+    loaded. RecipeError for a decoder that does not let its layers see pictures.
     """
-    config, parts = model.config, model.model
-    config.cross_attention = plan_blocks(config.text_config, options)
     if seed is not None:
-        _require_arguments(parts.language_model)
-    with torch.device("meta"):
-        fused = CrossAttentionForConditionalGeneration(config)
-    fused.model.vision_tower = parts.vision_tower
-    fused.model.multi_modal_projector = parts.multi_modal_projector
-    fused.model.language_model = parts.language_model
-    fused.model.connect()
-    fused.lm_head = model.lm_head
-    fused.generation_config = model.generation_config
-    if seed is not None:
-        _draw(fused.model.cross_attention, float(getattr(config.text_config, "initializer_range", 0.02)), seed)
-    return fused.eval()
+        _require_arguments(model.model.language_model)
+        deviation = float(getattr(model.config.text_config, "initializer_range", 0.02))
+        _draw(model.model.cross_attention, deviation, seed)
+    model.model.connect()
 
 
 def _draw(blocks: nn.ModuleList, deviation: float, seed: int) -> None:
@@ -277,6 +281,10 @@ def _require_arguments(decoder: PreTrainedModel) -> None:
             handle.remove()
     except _ArrivedError:
         return
-    except (AttributeError, TypeError):  # no `layers`, or no further arguments
+    except TypeError:  # it takes no further arguments
         pass
+    _deaf(decoder)
+
+
+def _deaf(decoder: nn.Module) -> NoReturn:
     raise RecipeError(f"model.fusion: {type(decoder).__name__} does not let its layers see pictures; set it to tokens")

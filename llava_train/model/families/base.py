@@ -48,17 +48,23 @@ class Family:
         model_class: transformers' class, or ours.
         image_token: the token whose places pictures take in the text.
         marker: what stands for a picture in the text; holds one `image_token`.
+        line_end: what stands behind it where our data and templates begin a new line.
         packs: whether its decoder reads packed rows.
         separable: whether features can be made before the connector and kept.
         measured: whether FLOPs and memory of tower and connector can be told a picture of the tower's own size.
+        looks: whether layers of the decoder itself run for pictures alone, so that text would leave them no gradient.
+        mixes: whether prompts of different numbers of pictures can be answered together.
     """
 
     model_class: type[PreTrainedModel]
     image_token = "<image>"
     marker = "<image>"
+    line_end = "\n"
     packs = True
     separable = True
     measured = True
+    looks = False
+    mixes = True
 
     def states(self, model: PreTrainedModel, pictures: Pictures) -> Any:
         """What the decoder reads of pictures, behind the connector."""

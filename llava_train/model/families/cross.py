@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llava_train.model.cross import fused
 from llava_train.model.cross.blocks import pictures_seen
-from llava_train.model.cross.fused import CrossAttentionForConditionalGeneration, decoder_inputs
+from llava_train.model.cross.fused import CrossAttentionForConditionalGeneration, complete_blocks, decoder_inputs
 from llava_train.model.families.base import Pictures, Text
 from llava_train.model.families.llava import Llava
 
@@ -25,10 +24,7 @@ class CrossAttention(Llava):
 
     def complete(self, model: PreTrainedModel, seed: int | None) -> None:
         """The gated blocks, and the decoder's way to them."""
-        model.model.connect()
-        if seed is not None:
-            fused._require_arguments(model.model.language_model)
-            fused._draw(model.model.cross_attention, 0.02, seed)
+        complete_blocks(model, seed)
 
     def describe(self, config: PretrainedConfig, image_processor: Any) -> dict[str, Any]:
         """Never: no folder in transformers' layout holds such a model."""
@@ -39,5 +35,17 @@ class CrossAttention(Llava):
     ) -> dict[str, Any]:
         """The embeddings as they are, and the pictures beside them."""
         states = states.to(embeddings_BTD.dtype)
-        seen = pictures_seen(text.input_ids, self.image_token_id(model), text.lengths, text.parents)
+        seen = pictures_seen(
+            text.input_ids, self.image_token_id(model), text.lengths, text.parents, text.attention_mask
+        )
         return {"inputs_embeds": embeddings_BTD, **decoder_inputs(model, states, seen, connected=not shown)}
+
+    def prompt_inputs(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, pictures: Pictures | None
+    ) -> dict[str, Any]:
+        """Pictures looked at once, whatever the connector reads beside them."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if pictures is None:
+            return inputs
+        shown = model.model.read(self.states(model, pictures))
+        return {**inputs, "pictures": shown, "seen": model.model.seen(input_ids, len(shown.states))}

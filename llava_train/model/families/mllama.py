@@ -28,6 +28,7 @@ class Mllama(Family):
     model_class = MllamaForConditionalGeneration
     image_token = "<|image|>"
     marker = "<|image|>"
+    line_end = ""  # pictures that a line parts are no run: text would see the last one alone
     packs = False
     separable = False
     measured = False
@@ -37,7 +38,7 @@ class Mllama(Family):
     def describe(self, config: PretrainedConfig, image_processor: Any) -> dict[str, Any]:
         """One token a picture; tiles are the processor's own."""
         return {
-            "connector": "linear",
+            "connector": "stock",
             "image_size": int(image_processor.size["height"]),
             "image_tokens": 1,
             "image_aspect_ratio": "tiles",

@@ -16,9 +16,9 @@ def reads_text(model: PreTrainedModel) -> bool:
 
 def padded(questions: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask of several questions, both (I, L); 0 in the mask where nothing stands."""
-    longest = max(map(len, questions))
-    ids = torch.tensor([[*question, *[0] * (longest - len(question))] for question in questions])
-    mask = torch.tensor([[1] * len(question) + [0] * (longest - len(question)) for question in questions])
+    longest = max([1, *map(len, questions)])
+    ids = torch.tensor([[*question, *[0] * (longest - len(question))] for question in questions], dtype=torch.long)
+    mask = torch.tensor([[1] * len(question) + [0] * (longest - len(question)) for question in questions]).long()
     return ids.to(device), mask.to(device)
 
 

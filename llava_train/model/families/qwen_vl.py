@@ -9,7 +9,7 @@ Shapes as in `base`; N stretches.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -20,6 +20,13 @@ from transformers import (
 )
 
 from llava_train.model.families.base import Family, Pictures, Text
+
+
+class Tokens(NamedTuple):
+    """Tokens of all pictures one after another, (tokens, D), and patches of each in time, height and width, (I, 3)."""
+
+    states: torch.Tensor
+    grids: torch.Tensor
 
 
 class Qwen2VL(Family):
@@ -45,11 +52,12 @@ class Qwen2VL(Family):
             "image_aspect_ratio": "native",
         }
 
-    def states(self, model: PreTrainedModel, pictures: Pictures) -> torch.Tensor:
-        """Tokens of all pictures one after another, (tokens, D)."""
+    def states(self, model: PreTrainedModel, pictures: Pictures) -> Tokens:
+        """By the stock tower and what merges its patches."""
         pixels, grids_I3 = pictures.pixel_values, pictures.facts["image_grid_thw"]
         assert pixels is not None, "pictures bring pixels"
-        return torch.cat(model.model.get_image_features(pixels, grids_I3.to(pixels.device)).pooler_output)
+        made = model.model.get_image_features(pixels, grids_I3.to(pixels.device))
+        return Tokens(torch.cat(made.pooler_output), grids_I3)
 
     def blank(self, model: PreTrainedModel, features: bool, like: torch.Tensor) -> Pictures:
         """A picture of one token."""
@@ -59,16 +67,16 @@ class Qwen2VL(Family):
         return Pictures(like.new_zeros(side**2, width), facts={"image_grid_thw": torch.tensor([[1, side, side]])})
 
     def decoder_inputs(
-        self, model: PreTrainedModel, text: Text, embeddings_BTD: torch.Tensor, states: torch.Tensor, shown: bool
+        self, model: PreTrainedModel, text: Text, embeddings_BTD: torch.Tensor, states: Tokens, shown: bool
     ) -> dict[str, Any]:
         """The embeddings with the pictures in their places, and positions in time, height and width, (3, B, T)."""
-        states = states.to(embeddings_BTD.dtype)
+        tokens = states.states.to(embeddings_BTD.dtype)
         if not shown:
-            return {"inputs_embeds": embeddings_BTD + 0.0 * states.sum()}
+            return {"inputs_embeds": embeddings_BTD + 0.0 * tokens.sum()}
         places_BT1 = (text.input_ids == self.image_token_id(model)).unsqueeze(-1)
         return {
-            "inputs_embeds": embeddings_BTD.masked_scatter(places_BT1, states),
-            "position_ids": self.positions(model, text, pictures.facts["image_grid_thw"]).to(embeddings_BTD.device),
+            "inputs_embeds": embeddings_BTD.masked_scatter(places_BT1, tokens),
+            "position_ids": self.positions(model, text, states.grids).to(embeddings_BTD.device),
         }
 
     def positions(self, model: PreTrainedModel, text: Text, grids_I3: torch.Tensor) -> torch.Tensor:

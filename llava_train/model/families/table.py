@@ -10,6 +10,7 @@ from llava_train.model.families.base import Family
 from llava_train.model.families.cross import CrossAttention
 from llava_train.model.families.llava import Llava
 from llava_train.model.families.mllama import Mllama
+from llava_train.model.families.qwen_vl import Qwen2VL, Qwen25VL
 from llava_train.model.families.tiles import LlavaNext, LlavaOnevision
 from llava_train.registry import Registry
 
@@ -19,6 +20,8 @@ _ROWS: dict[str, type[Family]] = {
     "llava_next": LlavaNext,
     "llava_onevision": LlavaOnevision,
     "llava_cross_attention": CrossAttention,
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
     "mllama": Mllama,
 }
 for _name, _family in _ROWS.items():

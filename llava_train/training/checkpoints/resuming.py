@@ -11,6 +11,7 @@ from typing import Any
 from llava_train.errors import CheckpointError
 from llava_train.model.screening import read_config
 from llava_train.model.tuning import Group
+from llava_train.training.checkpoints.constants import changed_keys
 from llava_train.training.checkpoints.manifest import faults, place_of, steps_of
 from llava_train.training.checkpoints.saving import STATE
 from llava_train.training.checkpoints.shards import load_shards
@@ -41,11 +42,6 @@ def newest(folder: Path, ranks: Ranks, before: int | None = None) -> Path | None
 
 def _earlier(folder: Path, before: int | None) -> list[int]:
     return [step for step in steps_of(folder) if before is None or step < before]
-
-
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys whose values differ, in order."""
-    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
 
 
 def require_same_run(checkpoint: Path, identity: dict[str, Any], allowed: Sequence[str] = ()) -> None:

@@ -191,6 +191,17 @@ def test_an_instruction_changes_the_tokens_and_padding_does_not() -> None:
         assert not torch.allclose(connector(features, padded), read, atol=1e-4)
 
 
+def test_without_text_the_weights_for_text_still_get_a_gradient() -> None:
+    connector = fresh("qformer", {**QFORMER, "instruction": True})
+    features, text, mask = inputs(connector)
+    alone = connector(features)
+    torch.testing.assert_close(connector(features, text[:, :0].float(), mask[:, :0]), alone)
+    torch.testing.assert_close(connector(features, text, torch.zeros_like(mask)), alone)
+    alone.sum().backward()
+    assert [name for name, parameter in connector.named_parameters() if parameter.grad is None] == []
+    assert not connector.qformer.embeddings.word_embeddings.weight.grad.any()
+
+
 def test_a_long_instruction_shares_the_last_position() -> None:
     connector = fresh("qformer", {**QFORMER, "instruction": True})
     features, text, _ = inputs(connector, images=1)

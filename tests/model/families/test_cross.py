@@ -13,7 +13,9 @@ from llava_train import export, load_model
 from llava_train.chat.session import Chat
 from llava_train.errors import ExportError
 from llava_train.inference import Prompt, answer, message, read_pictures
+from llava_train.model.costs import Counts, costs_of, step_flops
 from llava_train.model.cross.fused import CrossAttentionForConditionalGeneration
+from llava_train.model.memory import Conditions, measure_kept
 from llava_train.recipe import load_recipe
 from llava_train.training.run import train
 from llava_train.training.setup import build
@@ -59,3 +61,23 @@ def test_stock_layouts_have_no_place_for_it(tmp_path: Path) -> None:
     folder = train(load_recipe(recipe_of(tmp_path, optimization__max_steps=1)))
     with pytest.raises(ExportError, match="cross"):
         export(folder, tmp_path / "out")
+
+
+def test_flops_and_memory_count_the_gated_layers(tmp_path: Path) -> None:
+    assembly = build(load_recipe(recipe_of(tmp_path, tune__llm__mode="frozen")))
+    model, width, positions = assembly.model, 32, 4
+    costs = costs_of(model)
+    blocks = len(model.model.cross_attention)
+    assert costs.looking.linear == blocks * 2 * (2 * width**2 + 2 * 4 * width**2)
+    assert costs.looking.attention == blocks * 4 * positions * width
+    projector = 2 * positions * sum(p.numel() for p in model.model.multi_modal_projector.parameters() if p.ndim == 2)
+    assert costs.connector.linear == projector + blocks * 4 * positions * width**2
+    modes = {"vision": "frozen", "connector": "full", "llm": "frozen"}
+    counts = Counts(tokens=10, pairs=55, images=1, supervised=2)
+    looking = 10 * (3 * costs.looking.linear + 3 * costs.looking.attention)
+    assert step_flops(costs, counts, modes)["connector"] == costs.connector.needed("full", False) + looking
+    dtypes = dict.fromkeys((name for name, _ in model.named_parameters()), torch.float32)
+    kept = measure_kept(model, Conditions(dtypes, None, "cpu", 16))
+    model.model.cross_attention = torch.nn.ModuleList()
+    without = measure_kept(model, Conditions(dtypes, None, "cpu", 16))
+    assert kept.rest - without.rest == pytest.approx(blocks * 88 * width, rel=0.15)

@@ -43,7 +43,8 @@ def test_padded_packed_and_asked_alike(tmp_path: Path) -> None:
     images = ImageReader(shape_of(assembly.spec, assembly.image_processor))
     shown = [sample for sample in range(len(prepared)) if prepared.row(sample).images][:4]
     batches = [
-        BatchReader(prepared, images, 0, cut)(MicroBatch(tuple(shown), (1.0,) * 4)) for cut in (Cut(8), Cut(8, budget=999))
+        BatchReader(prepared, images, 0, cut)(MicroBatch(tuple(shown), (1.0,) * 4))
+        for cut in (Cut(8), Cut(8, budget=999))
     ]
     (padded, mask), (packed, _) = (questions_of(assembly.model, batch) for batch in batches)
     assert torch.equal(padded, packed)
