@@ -37,6 +37,20 @@ from llava_train.model.llm import add_image_token, grow_vocabulary, head_of, loa
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.recipe import ModelSettings
 
+_SHARED = (
+    "vision_config",
+    "text_config",
+    "image_token_index",
+    "projector_hidden_act",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""What the configurations of the LLaVA classes have in common"""
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -203,17 +217,64 @@ def join(
     What an architecture has besides its parts (newlines, gated layers) begins as `seed` says; without one it stays
     empty, to be loaded.
     """
+    parts = Parts(tower, llm.get_decoder(), connector, head_of(llm), llm.generation_config)
+    return put_together(architecture, config, parts, seed)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The loaded parts of a model."""
+
+    tower: nn.Module
+    decoder: nn.Module
+    connector: nn.Module
+    head: nn.Module
+    generation_config: Any
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Parts:
+        """Those of a model of any LLaVA class, which is not to be used any more."""
+        inner = model.model
+        return cls(
+            inner.vision_tower,
+            inner.language_model,
+            inner.multi_modal_projector,
+            model.lm_head,
+            model.generation_config,
+        )
+
+
+def put_together(architecture: str, config: PretrainedConfig, parts: Parts, seed: int | None) -> PreTrainedModel:
+    """See `join`."""
     with torch.device("meta"):
         model = FAMILIES[architecture].model_class(config)
-    model.model.vision_tower = tower
-    model.model.language_model = llm.get_decoder()
-    model.model.multi_modal_projector = connector
-    model.lm_head = head_of(llm)
+    model.model.vision_tower = parts.tower
+    model.model.language_model = parts.decoder
+    model.model.multi_modal_projector = parts.connector
+    model.lm_head = parts.head
     FAMILIES[architecture].complete(model, seed)
-    model.generation_config = llm.generation_config
+    model.generation_config = parts.generation_config
     model.generation_config.pad_token_id = config.pad_token_id
     model.config.text_config.vocab_size = model.lm_head.weight.shape[0]
     return model.eval()
+
+
+def retile(assembly: Assembly, seed: int) -> Assembly:
+    """A model that saw one square picture so far as the class of tiles that its spec names, with a fresh newline.
+
+    So LLaVA-NeXT goes from stage 1 to stage 2. Raises RecipeError for a connector that leaves the encoder's grid.
+    """
+    spec, config = assembly.spec, assembly.model.config
+    shape = vision_shape(config.vision_config, spec.image_size)
+    if spec.image_tokens != shape.patches:
+        raise RecipeError(
+            f"model.image_aspect_ratio: {spec.image_aspect_ratio}: tiles are put together on the encoder's own grid of "
+            f"{shape.patches} patches; connector {spec.connector!r} of this model gives {spec.image_tokens} tokens"
+        )
+    points = assembly.image_processor.image_grid_pinpoints
+    values = {name: getattr(config, name) for name in _SHARED}
+    tiled = tile_config(spec.architecture, values, spec.image_aspect_ratio, points)
+    return replace(assembly, model=put_together(spec.architecture, tiled, Parts.of(assembly.model), seed))
 
 
 def require_weights(model: nn.Module) -> None:

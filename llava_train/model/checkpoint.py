@@ -11,23 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import ensure_space, read_json, sha256_file, write_json
-from llava_train.model.assemble import Assembly, fingerprint, join, require_weights, widths
-from llava_train.model.connectors import build_connector
-from llava_train.model.encoders import key_report, reload_vision_tower
-from llava_train.model.families.table import FAMILIES
-from llava_train.model.llm import attention_or_own, grow_vocabulary, load_llm, set_rows
+from llava_train.model.assemble import Assembly, require_weights
+from llava_train.model.encoders import key_report
+from llava_train.model.llm import set_rows
 from llava_train.model.original import is_original, load_original
+from llava_train.model.rebuild import TEMPLATE, rebuild
 from llava_train.model.screening import (
     count_tensors,
     own_file,
@@ -35,13 +30,12 @@ from llava_train.model.screening import (
     screen_configs,
     screen_layers,
 )
-from llava_train.model.spec import MANIFEST, ModelSpec, PartSource, read_spec
+from llava_train.model.spec import MANIFEST, ModelSpec, read_spec
 from llava_train.model.stock import from_hub, load_stock
-from llava_train.model.tuning import add_lora, merge_lora, part_of
+from llava_train.model.tuning import merge_lora, part_of
 from llava_train.tensorfile import Entry, write_tensors
 
 WEIGHTS = "weights.safetensors"
-TEMPLATE = "training_template.jinja"
 _NEW_ROWS = ("new_rows.embedding", "new_rows.head")
 
 
@@ -166,7 +160,7 @@ def load_model(
     _verify_files(folder, spec)
     tensors = _read_weights(folder / WEIGHTS)
     try:
-        assembly = _rebuild(folder, spec, attn_implementation)
+        assembly = rebuild(folder, spec, attn_implementation)
         _fill(assembly, tensors, folder)
     except LlavaTrainError:
         raise
@@ -220,77 +214,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def _rebuild(folder: Path, spec: ModelSpec, attn_implementation: str) -> Assembly:
-    """The model around its weights: parts from their sources, or empty where the folder includes them."""
-    config = FAMILIES[spec.architecture].model_class.config_class.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    build = _from_stock if "llava" in (spec.llm.kind, spec.vision.kind) else _from_parts
-    model, old_vocabulary = build(config, spec, len(tokenizer), attn_implementation)
-    if spec.lora:
-        add_lora(model, spec.lora)
-    template = (folder / TEMPLATE).read_text(encoding="utf-8")
-    return Assembly(model, tokenizer, image_processor, spec, template, old_vocabulary)
-
-
-def _from_parts(
-    config: PretrainedConfig, spec: ModelSpec, tokens: int, attn_implementation: str
-) -> tuple[PreTrainedModel, int]:
-    """A model of parts, and the rows of its embeddings that came with the LLM."""
-    old_vocabulary = 0
-    if spec.llm.included:
-        llm = _empty(config.text_config, causal=True, attn_implementation=attn_implementation)
-    else:
-        llm, old_vocabulary = _source_llm(spec.llm, tokens, attn_implementation)
-    if spec.vision.included:
-        tower = _empty(config.vision_config, causal=False, attn_implementation="sdpa")
-    else:
-        tower = reload_vision_tower(config.vision_config, spec.vision.path, spec.vision.revision)
-        _same(spec.vision, fingerprint(tower))
-    connector = build_connector(spec.connector, widths(config), config, spec.connector_options)
-    config.text_config, config.vision_config = llm.config, tower.config
-    return join(spec.architecture, config, tower, llm, connector, None), old_vocabulary
-
-
-def _from_stock(
-    config: PretrainedConfig, spec: ModelSpec, tokens: int, attn_implementation: str
-) -> tuple[PreTrainedModel, int]:
-    """A model that began as a folder in transformers' layout, which is read unless nothing is left of it."""
-    if not (spec.llm.included and spec.vision.included):
-        source = spec.vision if spec.llm.included else spec.llm
-        stock = load_stock(Path(str(source.path)), torch.float32, attn_implementation)
-        return stock.model, stock.old_vocabulary
-    config._attn_implementation = attn_implementation
-    with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
-        return FAMILIES[spec.architecture].model_class._from_config(config, dtype=torch.float32), 0
-
-
-def _empty(config: Any, causal: bool, attn_implementation: str) -> Any:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    kind = AutoModelForCausalLM if causal else AutoModel
-    with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
-        return kind.from_config(
-            config, dtype=torch.float32, attn_implementation=attention_or_own(attn_implementation)
-        )
-
-
-def _source_llm(source: PartSource, tokens: int, attn_implementation: str) -> tuple[Any, int]:
-    llm = load_llm(str(source.path), attn_implementation, source.revision)
-    old = int(llm.get_input_embeddings().weight.shape[0])
-    _same(source, fingerprint(llm, old))
-    grow_vocabulary(llm, tokens, seed=0)
-    return llm, old
-
-
-def _same(source: PartSource, found: str) -> None:
-    if source.fingerprint and source.fingerprint != found:
-        raise CheckpointError(
-            f"{source.path}: these are not the weights this model was trained on "
-            f"(fingerprint {found}, expected {source.fingerprint})"
-        )
 
 
 def _fill(assembly: Assembly, tensors: dict[str, torch.Tensor], folder: Path) -> None:

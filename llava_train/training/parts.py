@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.data.encode import Encoder
-from llava_train.data.pictures.processors import build_image_processor
+from llava_train.data.pictures.processors import build_image_processor, tile_processor
 from llava_train.data.pictures.shapes import Shape
 from llava_train.data.pictures.shaping import build_shape
 from llava_train.data.templates.fit import resolve_template
@@ -21,7 +21,7 @@ from llava_train.model.encoders import vision_sources
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.llm import add_image_token, load_tokenizer
 from llava_train.model.original import is_original, original_facts, require_frame
-from llava_train.model.spec import MANIFEST, read_spec
+from llava_train.model.spec import MANIFEST, ModelSpec, read_spec
 from llava_train.model.stock import read_stock, stock_spec
 from llava_train.recipe import ModelSettings, Recipe, SourceSettings
 from llava_train.training.monitor import say
@@ -79,6 +79,7 @@ def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Shape, str]:
         else:
             config, tokenizer, processor = read_stock(folder)
             spec = stock_spec(folder, config, processor)
+        spec, processor = retiled(recipe.model, spec, processor)
         return tokenizer, shape_of(spec, processor), spec.architecture
     model = recipe.model
     seen, architecture = see(model), architecture_of(model)
@@ -86,6 +87,15 @@ def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Shape, str]:
     add_image_token(tokenizer)
     shape = build_shape(architecture, processor_of(model, seen), image_tokens_of(model, seen), picture_options(model))
     return tokenizer, shape, architecture
+
+
+def retiled(model: ModelSettings, spec: ModelSpec, processor: Any) -> tuple[ModelSpec, Any]:
+    """Spec and image processor with the tiles that a recipe asks of a model which saw one square picture so far."""
+    if spec.architecture != "llava" or not model.image_aspect_ratio.startswith("anyres"):
+        return spec, processor
+    tiles = tile_processor(processor, model.image_aspect_ratio, spec.image_size, model.image_grid_pinpoints)
+    changes = {"image_aspect_ratio": model.image_aspect_ratio, "picture_options": picture_options(model)}
+    return replace(spec, architecture=architecture_of(model), **changes), tiles
 
 
 def processor_of(model: ModelSettings, seen: Seen) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
-from llava_train.model.assemble import Assembly, assemble, fingerprint, see, with_spec
+from llava_train.model.assemble import Assembly, assemble, fingerprint, retile, see, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
 from llava_train.model.costs import Costs, Work, costs_of
@@ -31,7 +31,7 @@ from llava_train.training.engines.ranks import Ranks
 from llava_train.training.features import with_features
 from llava_train.training.material import Prepared, cut_of, plan_of, prepare_in_turn
 from llava_train.training.objective import LOGITS_BYTES, Objective
-from llava_train.training.parts import lacking_parts, processor_of
+from llava_train.training.parts import lacking_parts, processor_of, retiled
 from llava_train.training.recompute import (
     Memory,
     MicroBatch,
@@ -121,6 +121,9 @@ def build(recipe: Recipe) -> Assembly:
         assembly = merged(load_model(recipe.init_from, torch.float32, attention, *parts))
         name, template = resolve_template(recipe.data.template, assembly.tokenizer)
         require_frame(assembly.tokenizer, template)
+        spec, processor = retiled(recipe.model, assembly.spec, assembly.image_processor)
+        if spec is not assembly.spec:
+            assembly = retile(replace(assembly, spec=spec, image_processor=processor), recipe.seed)
         history = (*assembly.spec.history, recipe.init_from)
         assembly = with_spec(assembly, template=name, history=history)
         return replace(assembly, template=template)

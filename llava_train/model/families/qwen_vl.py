@@ -38,6 +38,7 @@ class Qwen2VL(Family):
     model_class: type[PreTrainedModel] = Qwen2VLForConditionalGeneration
     image_token = "<|image_pad|>"
     marker = "<|vision_start|><|image_pad|><|vision_end|>"
+    line_end = ""
     separable = False
     measured = False
 
@@ -86,9 +87,8 @@ class Qwen2VL(Family):
         """
         ids_BT = text.input_ids.cpu()
         kinds_BT, grids_I3 = (ids_BT == self.image_token_id(model)).long(), grids_I3.cpu()
-        if not text.lengths:
-            mask = None if text.attention_mask is None else text.attention_mask.cpu()
-            whole, _ = model.model.get_rope_index(ids_BT, kinds_BT, grids_I3, attention_mask=mask)
+        if not text.lengths:  # what fills a row stands behind its text
+            whole, _ = model.model.get_rope_index(ids_BT, kinds_BT, grids_I3)
             return whole
         found: list[torch.Tensor] = []
         seen, stretches = 0, zip(*(each.split(text.lengths, dim=1) for each in (ids_BT, kinds_BT)))

@@ -146,6 +146,9 @@ def test_text_alone_gives_every_trained_weight_a_gradient(tmp_path: Path, folder
     looking += [name for name in trained if ".layers.1." in name or ".layers.3." in name]
     assert looking and all(not trained[name].grad.any() for name in looking)
     assert float((loss.detach() - plain).abs()) < 1e-6 * float(plain)
+    Objective(assembly.model)(batch_of(assembly, recipe, (2,))).backward()
+    # At its start an adapter's first matrix learns nothing.
+    assert all(trained[name].grad.any() for name in looking if "q_proj" in name and "lora_A" not in name)
 
 
 def test_prompts_are_those_of_the_stock_processor(folder: Path, assembly: Assembly) -> None:

@@ -22,7 +22,7 @@ from llava_train.data.pictures.shapes import Shown
 from llava_train.data.sample import ImageRef, Sample, Turn
 from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import RecipeError, RecordError
-from llava_train.inference import Prompt, answer, batch_inputs, message, read_pictures, shape_of, stream
+from llava_train.inference import Prompt, answer, batch_inputs, message, read_pictures, render, shape_of, stream
 from llava_train.model.assemble import Assembly
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.costs import costs_of
@@ -218,6 +218,8 @@ def test_lora_is_trained_reloaded_asked_and_exported(place: Path, name: str, tmp
         Prompt((message("user", "Hello"),)),
         Prompt((message("user", "Which?", 1),), read_pictures(assembly, images[3:])),
     ]
+    stock = load_model(tmp_path / "stock")
+    assert render(assembly, talk) == render(stock, talk)  # no line end behind a picture, as the data have it
     alone = [answer(assembly, [prompt], 5)[0] for prompt in prompts]
     assert answer(assembly, prompts, 5) == alone
     with torch.no_grad():

@@ -158,3 +158,16 @@ def test_recipes_that_contradict_themselves(tmp_path: Path, changes: dict[str, A
     changes = {"model__image_aspect_ratio": "anyres", **changes}
     with pytest.raises(RecipeError, match=message):
         load_recipe(tiny.make_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stage_2_goes_on_in_tiles(tmp_path: Path, way: str) -> None:
+    first = train(load_recipe(recipe_of(tmp_path, "pad", tune__llm__mode="frozen", optimization__max_steps=1)))
+    first.rename(tmp_path / "stage1")
+    second = recipe_of(tmp_path, way, init_from=str(tmp_path / "stage1"), optimization__max_steps=1)
+    assembly = load_model(train(load_recipe(second)))
+    assert type(assembly.model) is WAYS[way]
+    assert assembly.spec.history == (str(tmp_path / "stage1"),)
+    pictures = read_pictures(assembly, [Image.effect_noise((40, 90), 80).convert("RGB")])
+    assert len(pictures[0].pixels) > 1
+    assert isinstance(answer(assembly, [Prompt((message("user", "What?", 1),), pictures)], 3)[0], str)
