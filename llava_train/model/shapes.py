@@ -72,7 +72,7 @@ def vision_shape(
                 "only DINOv2 interpolates its positions, and DINOv3 computes them"
             )
         shape = replace(shape, image_size=image_size)
-    if shape.image_size % shape.patch_size:
+    if image_size and shape.image_size % shape.patch_size:  # its own may have a rim that no patch covers (SigLIP's 384)
         raise CheckpointError(f"image size {shape.image_size} is not a multiple of the patch size {shape.patch_size}")
     return shape
 
