@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.data.templates.template import portable
@@ -26,6 +27,7 @@ from llava_train.inference import stop_ids
 from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
 from llava_train.model.encoders import vision_shape
+from llava_train.model.families.llava import Llava
 from llava_train.model.families.table import family_of
 from llava_train.model.llm import IMAGE_TOKEN
 
@@ -40,21 +42,21 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
     Raises ExportError for a connector or head that the stock class has no place for, and for an architecture that is
     none of transformers'.
     """
-    model, spec = assembly.model, assembly.spec
-    if spec.architecture != "llava" and spec.llm.kind == "llava":
+    model, architecture = assembly.model, assembly.spec.architecture
+    if architecture != "llava" and assembly.spec.llm.kind == "llava":
         write_back(assembly, folder)
         return
-    if spec.architecture != "llava":
-        raise ExportError(
-            f"target 'hf' carries a {spec.architecture} model only where it began as a folder in transformers' layout; "
-            "this one is assembled from parts"
-        )
+    if type(model) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.values():
+        raise ExportError(f"target 'hf': transformers has no class for a {architecture} model")
     model.model.multi_modal_projector = stock_projector(assembly)
     if getattr(model.lm_head, "bias", None) is not None:
         raise ExportError(
             f"a {model.config.text_config.model_type} head has a bias, for which LlavaForConditionalGeneration has "
             "no place; target 'hf' cannot carry this language model"
         )
+    if architecture != "llava":
+        write_back(assembly, folder)
+        return
     model.generation_config.eos_token_id = stop_ids(assembly)
     model.save_pretrained(folder)
     rename_keys(folder, model.config.vision_config.model_type)
@@ -63,7 +65,7 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
 
 
 def write_back(assembly: Assembly, folder: Path) -> None:
-    """A model that began in transformers' layout, in that layout; its processor by the files of its parts, because a
+    """A model of a class of transformers in that class's layout; its processor by the files of its parts, because a
     part for video need not be there."""
     model, family = assembly.model, family_of(assembly.model)
     model.generation_config.eos_token_id = stop_ids(assembly)
@@ -73,7 +75,23 @@ def write_back(assembly: Assembly, folder: Path) -> None:
     assembly.tokenizer.chat_template = template
     assembly.tokenizer.save_pretrained(folder)
     assembly.image_processor.save_pretrained(folder)
+    if isinstance(family, Llava):
+        rename_keys(folder, model.config.vision_config.model_type)
+        _complete_config(folder)
+        write_json(folder / "processor_config.json", _counting(assembly))
     _write_template(template, folder)
+
+
+def _counting(assembly: Assembly) -> dict[str, Any]:
+    """What the processors of LLaVA's classes of tiles must know to count a picture's tokens."""
+    config, size = assembly.model.config, assembly.spec.image_size
+    shape, strategy = vision_shape(config.vision_config, size), config.vision_feature_select_strategy
+    values = {"vision_feature_select_strategy": strategy, "image_token": IMAGE_TOKEN}
+    if assembly.spec.architecture == "llava_onevision":
+        own = {"num_image_tokens": shape.tokens("full"), "vision_aspect_ratio": config.vision_aspect_ratio}
+        return {"processor_class": "LlavaOnevisionProcessor", **values, **own}
+    own = {"patch_size": shape.patch_size, "num_additional_image_tokens": shape.leading}
+    return {"processor_class": "LlavaNextProcessor", **values, **own}
 
 
 def stock_projector(assembly: Assembly) -> LlavaMultiModalProjector:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_train.errors import ExportError
-from llava_train.inference import Prompt, batch_inputs, message, read_pictures, render
+from llava_train.inference import Prompt, batch_inputs, message, prompt_ids, read_pictures, render
 from llava_train.model.assemble import Assembly
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 QUESTION = "What is in the picture?"
 
 _STOCK = """
-import json, sys
+import json, os, sys
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -41,7 +41,10 @@ if "video_processor" in kind.get_attributes():
     kind = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    processor = kind(image_processor, tokenizer, video_processor=None, chat_template=tokenizer.chat_template)
+    file = os.path.join(folder, "processor_config.json")
+    own = json.load(open(file)) if os.path.exists(file) else {}
+    own.pop("processor_class", None)
+    processor = kind(image_processor, tokenizer, video_processor=None, chat_template=tokenizer.chat_template, **own)
 else:
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
 tensors, prompts = {}, {}
@@ -101,12 +104,11 @@ def verify(assembly: Assembly, folder: Path) -> dict[str, Any]:
             continue
         if not prompt:  # the `plain` template says nothing without a picture
             continue
-        inputs = batch_inputs(assembly, [ours])
-        if inputs["input_ids"][0].tolist() != theirs[f"{name}.ids"].tolist():
+        if prompt_ids(assembly, ours) != theirs[f"{name}.ids"].tolist():
             faults.append(f"{name}: the prompt's ids differ")
             continue
         with torch.inference_mode():
-            logits = model(**inputs).logits[0].float().cpu()
+            logits = model(**batch_inputs(assembly, [ours])).logits[0].float().cpu()
         scale = logits.abs().max().clamp_min(1.0)
         differences[name] = float((logits - theirs[f"{name}.logits"]).abs().max() / scale)
     tolerance = TOLERANCE[model.dtype]

@@ -31,6 +31,9 @@ CALLS = {
     "yaml.full_load",
     "yaml.full_load_all",
 }
+RESTRICTED = "torch.load(.., weights_only=True)"
+ALLOWED = {"original_weights.py": RESTRICTED}
+"""Checkpoints of the original code are pickles: one place reads them, restricted to tensors."""
 SAFE_LOADERS = {"SafeLoader", "CSafeLoader"}
 FLAGS = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "weights_only": False}
 """Keyword -> the value that it must not be given."""
@@ -63,8 +66,9 @@ def _faults_of(node: ast.AST, names: dict[str, str]) -> Iterator[str]:
         yield from (f"{key.value!r}: {value.value}" for key, value in zip(node.keys, node.values) if _flag(key, value))
     elif isinstance(node, ast.Call):
         called = _dotted(node.func, names)
+        restricted = called == "torch.load" and any(map(_weights_only, node.keywords))
         if called in CALLS:
-            yield f"{called}(..)"
+            yield f"{called}(..)" if not restricted else RESTRICTED
         if called.split(".")[-1] in ("__import__", "import_module") and any(map(_names_a_module, node.args[:1])):
             yield f"{called} of {ast.unparse(node.args[0])}"
         if called in ("yaml.load", "yaml.load_all") and not any(map(_safe_loader, [*node.args[1:], *node.keywords])):
@@ -98,14 +102,20 @@ def _safe_loader(argument: ast.expr | ast.keyword) -> bool:
     return ast.unparse(value).split(".")[-1] in SAFE_LOADERS
 
 
+def _weights_only(argument: ast.keyword) -> bool:
+    return argument.arg == "weights_only" and ast.unparse(argument.value) == "True"
+
+
 def modules() -> list[Path]:
     return sorted(p for folder in ("llava_train", "scripts", "data_prep") for p in (REPOSITORY / folder).rglob("*.py"))
 
 
 def test_no_module_reads_pickles_or_runs_text() -> None:
     assert len(modules()) > 80
-    found = [f"{path}: {fault}" for path in modules() for fault in faults(path.read_text(encoding="utf-8"))]
-    assert not found, "\n".join(found)
+    found = [(path, fault) for path in modules() for fault in faults(path.read_text(encoding="utf-8"))]
+    allowed = [pair for pair in found if pair[0].name in ALLOWED and pair[1].endswith(ALLOWED[pair[0].name])]
+    assert len(allowed) == len(ALLOWED)
+    assert found == allowed, "\n".join(f"{path}: {fault}" for path, fault in found)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,7 @@ def test_prompts_are_those_of_the_stock_processor(folder: Path, assembly: Assemb
     assert float((first - second).abs().max()) > 1e-3
 
 
+@pytest.mark.slow(reason="a process that loads the export")
 def test_adapters_train_and_the_model_is_one_of_transformers_again(tmp_path: Path, folder: Path) -> None:
     recipe = recipe_of(tmp_path, folder, ["optimization.max_steps=2", "tune.vision.mode=lora", "speed.recompute=auto"])
     run = train(recipe)
