@@ -1,7 +1,6 @@
-"""Target `hf`: a folder that stock transformers, and what builds on it, loads: as LlavaForConditionalGeneration, or as
-the class that the model began as, in that class's own layout.
+"""Target `hf`: a folder that stock transformers, and what builds on it, loads as the class that the model is of.
 
-Key names of the former are those of the long-lived dialect (`language_model.*`, `vision_tower.vision_model.*`,
+Key names of LLaVA's classes are those of the long-lived dialect (`language_model.*`, `vision_tower.vision_model.*`,
 `multi_modal_projector.*`): transformers reads it in every version, vLLM and LMDeploy read nothing else of a
 CLIP tower. What `save_pretrained` of transformers 5.23 writes for a model built in memory is a mixture that
 several back ends refuse.
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.data.templates.template import portable
@@ -46,7 +44,7 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
     if architecture != "llava" and assembly.spec.llm.kind == "llava":
         write_back(assembly, folder)
         return
-    if type(model) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.values():
+    if not type(model).__module__.startswith("transformers."):
         raise ExportError(f"target 'hf': transformers has no class for a {architecture} model")
     model.model.multi_modal_projector = stock_projector(assembly)
     if getattr(model.lm_head, "bias", None) is not None:

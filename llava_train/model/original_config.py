@@ -238,7 +238,7 @@ def _pinpoints(original: Original) -> list[list[int]] | None:
     if original.values.get("image_aspect_ratio") != "anyres":
         return None
     points = original.values.get("image_grid_pinpoints")
-    pairs = points if isinstance(points, list) and points else [None]
+    pairs: list[Any] = points if isinstance(points, list) and points else [None]
     if not all(isinstance(pair, list) and [type(edge) for edge in pair] == [int, int] for pair in pairs):
         raise CheckpointError(f"{original.config}: image_grid_pinpoints: {shown(points)}: must be pairs of pixels")
     return [[height, width] for width, height in pairs]

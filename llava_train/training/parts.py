@@ -94,8 +94,12 @@ def retiled(model: ModelSettings, spec: ModelSpec, processor: Any) -> tuple[Mode
     if spec.architecture != "llava" or not model.image_aspect_ratio.startswith("anyres"):
         return spec, processor
     tiles = tile_processor(processor, model.image_aspect_ratio, spec.image_size, model.image_grid_pinpoints)
-    changes = {"image_aspect_ratio": model.image_aspect_ratio, "picture_options": picture_options(model)}
-    return replace(spec, architecture=architecture_of(model), **changes), tiles
+    changes: dict[str, Any] = {
+        "architecture": architecture_of(model),
+        "image_aspect_ratio": model.image_aspect_ratio,
+        "picture_options": picture_options(model),
+    }
+    return replace(spec, **changes), tiles
 
 
 def processor_of(model: ModelSettings, seen: Seen) -> Any:

@@ -79,6 +79,8 @@ def test_the_export_of_an_export_is_the_same(finished: Path, tmp_path: Path) -> 
         ("phi3", "clip", ["model.connector=linear"]),
         ("mistral", "clip", ["model.vision_feature_layer=[-3, -2]", "model.image_aspect_ratio=square"]),
         ("qwen3", "clip", ["model.vision_feature_select_strategy=full", "model.image_aspect_ratio=crop"]),
+        ("llama", "clip", ["model.image_aspect_ratio=anyres", "data.max_length=1024"]),
+        ("llama", "siglip", ["model.image_aspect_ratio=anyres_max_2", "data.max_length=1024"]),
     ],
 )
 def test_families_towers_and_connectors(tmp_path: Path, llm: str, tower: str, overrides: list[str]) -> None:
@@ -105,6 +107,14 @@ def test_connectors_without_a_place_are_refused_by_name(tmp_path: Path, connecto
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="a phi head has a bias"):
         export(quick_run(tmp_path, "phi"), tmp_path / "hf")
+
+
+def test_a_class_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no class for a llava_cross_attention model"):
+        export(
+            quick_run(tmp_path, "llama", "clip", "model.fusion=cross_attention", "model.fusion_options={every: 1}"),
+            tmp_path / "hf",
+        )
 
 
 def test_requests_that_are_wrong(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

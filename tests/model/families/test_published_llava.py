@@ -73,7 +73,10 @@ def published(folder: Path, kind: str) -> Path:
         model = LlavaNextForConditionalGeneration(LlavaNextConfig(**values))
     else:
         processor = tile_processor(Colours, "anyres_max_9", SIZE)
-        values |= {"video_token_index": tokenizer.convert_tokens_to_ids("<video>"), "vision_aspect_ratio": "anyres_max_9"}
+        values |= {
+            "video_token_index": tokenizer.convert_tokens_to_ids("<video>"),
+            "vision_aspect_ratio": "anyres_max_9",
+        }
         values["image_grid_pinpoints"] = processor.image_grid_pinpoints
         model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**values))
     model.save_pretrained(folder)
