@@ -39,7 +39,7 @@ class Choice:
 def inspect(recipe: Recipe, limit: int | None = None, choice: Choice | None = None) -> Iterator[dict[str, Any]]:
     """For each training record in order: `id, input_ids, labels, image_token_id, image_tokens`.
 
-    Labels are unshifted, -100 where unsupervised. Raises RecordError at the first record that cannot be used.
+    Labels are unshifted, -100 where unsupervised; `image_tokens` is a list where they depend on the picture. Raises RecordError at the first record that cannot be used.
     """
     sources = sources_of(recipe)
     for row in choose(recipe, sources, choice or Choice(n=limit)):
@@ -48,7 +48,7 @@ def inspect(recipe: Recipe, limit: int | None = None, choice: Choice | None = No
             "input_ids": row.input_ids.tolist(),
             "labels": row.labels.tolist(),
             "image_token_id": sources[0].encoder.image_token_id,
-            "image_tokens": sources[0].encoder.image_tokens,
+            "image_tokens": list(row.image_tokens) if sources[0].encoder.sized else sources[0].encoder.shaping,
         }
 
 

@@ -155,7 +155,7 @@ def _write_processor(assembly: Assembly, folder: Path) -> None:
         patch_size=shape.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=shape.leading,
+        num_additional_image_tokens=shape.tokens("full") - shape.patches,
         chat_template=template,
     )
     assembly.tokenizer.chat_template = template

@@ -12,6 +12,7 @@ import torch
 
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
+from llava_train.inference import shape_of
 from llava_train.model.assemble import Assembly, assemble, fingerprint, retile, see, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
@@ -172,6 +173,8 @@ def memory_of(
     cut = cut_of(recipe, prepared.train)
     tokens = cut.budget or cut.size * int(sizes.lengths.max())
     images = math.ceil(tokens * float((sizes.images / sizes.lengths).max()))
+    if not shape_of(assembly.spec, assembly.image_processor).separable:  # tiles: half of one may be padding
+        images = math.ceil(2 * tokens / assembly.spec.image_tokens)
     logits = LOGITS_BYTES // (4 * assembly.model.lm_head.out_features)
     batch = MicroBatch(tokens, images, min(tokens, max(1, logits)))
     length = math.ceil(float(sizes.lengths.mean())) if cut.budget else int(sizes.lengths.max())

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 
-from llava_train import load_model
+from llava_train import export, load_model
 from llava_train.data.batch import BatchReader, ImageReader
 from llava_train.data.encode import IGNORE
 from llava_train.data.micro_batches import Cut, MicroBatch
 from llava_train.data.pictures.shapes import Shown
 from llava_train.errors import RecipeError
 from llava_train.inference import Prompt, answer, batch_inputs, message, read_pictures, shape_of
+from llava_train.inspection import inspect
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import save_model
 from llava_train.model.families.base import Pictures
@@ -171,3 +172,20 @@ def test_stage_2_goes_on_in_tiles(tmp_path: Path, way: str) -> None:
     pictures = read_pictures(assembly, [Image.effect_noise((40, 90), 80).convert("RGB")])
     assert len(pictures[0].pixels) > 1
     assert isinstance(answer(assembly, [Prompt((message("user", "What?", 1),), pictures)], 3)[0], str)
+
+
+def test_what_is_inspected_has_the_tokens_of_each_picture(tmp_path: Path) -> None:
+    found = list(inspect(load_recipe(recipe_of(tmp_path, "anyres"))))
+    assert [len(each["image_tokens"]) for each in found] == [1, 1, 1, 1, 2]
+    for each in found:
+        assert each["input_ids"].count(each["image_token_id"]) == sum(each["image_tokens"])
+        json.dumps(each)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_export_is_the_stock_class_s_own(tmp_path: Path, way: str) -> None:
+    folder = train(load_recipe(recipe_of(tmp_path, way, optimization__max_steps=1)))
+    export(folder, tmp_path / "out", dtype="float32")
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["verified"]
+    again = load_model(tmp_path / "out")
+    assert type(again.model) is WAYS[way]
