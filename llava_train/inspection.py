@@ -39,7 +39,8 @@ class Choice:
 def inspect(recipe: Recipe, limit: int | None = None, choice: Choice | None = None) -> Iterator[dict[str, Any]]:
     """For each training record in order: `id, input_ids, labels, image_token_id, image_tokens`.
 
-    Labels are unshifted, -100 where unsupervised; `image_tokens` is a list where they depend on the picture. Raises RecordError at the first record that cannot be used.
+    Labels are unshifted, -100 where unsupervised; `image_tokens` is a list where they depend on the picture. Raises
+    RecordError at the first record that cannot be used.
     """
     sources = sources_of(recipe)
     for row in choose(recipe, sources, choice or Choice(n=limit)):

@@ -32,8 +32,8 @@ from llava_train.files import read_json
 from llava_train.model.assemble import join, model_config, see, widths
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.connectors import build_connector
-from llava_train.model.encoders import load_vision_tower
 from llava_train.model.llm import load_llm
+from llava_train.model.towers.loading import load_vision_tower
 from llava_train.recipe import ModelSettings
 from llava_train.training.objective import Objective
 

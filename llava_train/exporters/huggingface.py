@@ -24,10 +24,10 @@ from llava_train.files import write_json
 from llava_train.inference import stop_ids
 from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
-from llava_train.model.encoders import vision_shape
 from llava_train.model.families.llava import Llava
 from llava_train.model.families.table import family_of
 from llava_train.model.llm import IMAGE_TOKEN
+from llava_train.model.towers.loading import vision_shape
 
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights stand below `vision_model.` in the long-lived dialect."""

@@ -23,7 +23,11 @@ from llava_train.model.connectors import (
     lasting_options,
 )
 from llava_train.model.cross.fused import plan_blocks
-from llava_train.model.encoders import (
+from llava_train.model.families.table import FAMILIES
+from llava_train.model.families.tiles import tile_config
+from llava_train.model.llm import add_image_token, grow_vocabulary, head_of, load_llm, load_tokenizer
+from llava_train.model.spec import ModelSpec, PartSource
+from llava_train.model.towers.loading import (
     VisionShape,
     check_features,
     load_vision_config,
@@ -31,10 +35,6 @@ from llava_train.model.encoders import (
     stock_features,
     vision_shape,
 )
-from llava_train.model.families.table import FAMILIES
-from llava_train.model.families.tiles import tile_config
-from llava_train.model.llm import add_image_token, grow_vocabulary, head_of, load_llm, load_tokenizer
-from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.recipe import ModelSettings
 
 _SHARED = (

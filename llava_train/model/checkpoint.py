@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import ensure_space, read_json, sha256_file, write_json
 from llava_train.model.assemble import Assembly, require_weights
-from llava_train.model.encoders import key_report
 from llava_train.model.llm import set_rows
-from llava_train.model.original import is_original, load_original
+from llava_train.model.originals.loading import is_original, load_original
 from llava_train.model.rebuild import TEMPLATE, rebuild
 from llava_train.model.screening import (
     count_tensors,
@@ -32,6 +31,7 @@ from llava_train.model.screening import (
 )
 from llava_train.model.spec import MANIFEST, ModelSpec, read_spec
 from llava_train.model.stock import from_hub, load_stock
+from llava_train.model.towers.loading import key_report
 from llava_train.model.tuning import merge_lora, part_of
 from llava_train.tensorfile import Entry, write_tensors
 

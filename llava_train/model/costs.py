@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from llava_train.model.cross.blocks import Reading
 from llava_train.model.families.table import family_of
-from llava_train.model.vision import image_features
+from llava_train.model.towers.features import image_features
 
 _LINEAR = ("aten.mm", "aten.addmm", "aten.convolution")
 """Operators of layers with weights; the others that are counted multiply activations with one another."""

@@ -25,8 +25,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_train.errors import CheckpointError
-from llava_train.model.encoders import key_report
 from llava_train.model.screening import screen_configs, screen_layers, screen_weights
+from llava_train.model.towers.loading import key_report
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llava_train.model.attention import NAME, Layout
 from llava_train.model.costs import without_values
 from llava_train.model.cross.blocks import Reading
-from llava_train.model.vision import image_features, layer_inputs
+from llava_train.model.towers.features import image_features, layer_inputs
 
 _FEW = 16
 """Tokens of a sample where values are needed after all"""

@@ -13,10 +13,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
 from llava_train.model.assemble import Assembly
-from llava_train.model.encoders import key_report
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
+from llava_train.model.towers.loading import key_report
 
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llava_train.errors import RecipeError
 from llava_train.model.spec import LoraSpec
-from llava_train.model.vision import image_features
+from llava_train.model.towers.features import image_features
 from llava_train.recipe import OptimizationSettings, TuneSettings
 
 PARTS = ("vision", "connector", "llm")

@@ -26,9 +26,9 @@ from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.files import sha256_json
 from llava_train.inference import shape_of
 from llava_train.model.assemble import Assembly, fingerprint
-from llava_train.model.encoders import vision_shape
+from llava_train.model.towers.features import feature_shape, image_features
+from llava_train.model.towers.loading import vision_shape
 from llava_train.model.tuning import PRECISIONS
-from llava_train.model.vision import feature_shape, image_features
 from llava_train.recipe import Recipe
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.material import Prepared

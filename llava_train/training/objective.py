@@ -18,8 +18,8 @@ from llava_train.model.attention import Layout
 from llava_train.model.families.base import Pictures
 from llava_train.model.families.questions import padded, questions_in, reads_text
 from llava_train.model.families.table import family_of
+from llava_train.model.towers.features import layers_above, tower_layers
 from llava_train.model.tuning import part_of
-from llava_train.model.vision import layers_above, tower_layers
 
 LOGITS_BYTES = 2**28
 """Logits that are in memory at a time, in float32."""

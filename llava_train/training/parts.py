@@ -17,12 +17,12 @@ from llava_train.errors import RecipeError
 from llava_train.inference import shape_of
 from llava_train.model.assemble import Seen, architecture_of, image_tokens_of, picture_options, see
 from llava_train.model.checkpoint import model_folder
-from llava_train.model.encoders import vision_sources
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.llm import add_image_token, load_tokenizer
-from llava_train.model.original import is_original, original_facts, require_frame
+from llava_train.model.originals.loading import is_original, original_facts, require_frame
 from llava_train.model.spec import MANIFEST, ModelSpec, read_spec
 from llava_train.model.stock import read_stock, stock_spec
+from llava_train.model.towers.loading import vision_sources
 from llava_train.recipe import ModelSettings, Recipe, SourceSettings
 from llava_train.training.monitor import say
 

@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_train.errors import RecipeError
 from llava_train.model.memory import Kept
+from llava_train.model.towers.features import tower_layers
 from llava_train.model.tuning import part_of
-from llava_train.model.vision import tower_layers
 
 Setting = Literal["auto", "none", "selective", "full"]
 

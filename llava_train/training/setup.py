@@ -21,7 +21,7 @@ from llava_train.model.families.table import FAMILIES
 from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
 from llava_train.model.memory import Conditions, measure_kept
-from llava_train.model.original import require_frame
+from llava_train.model.originals.loading import require_frame
 from llava_train.model.tuning import Group, apply_tuning, parameter_groups, planned_dtypes, tuning_table
 from llava_train.recipe import Recipe
 from llava_train.training.checkpoints.constants import constants_of, flatten

@@ -6,8 +6,8 @@ import pytest
 from llava_train import export
 from llava_train.demo import easy_vqa
 from llava_train.demo.run import BACKBONES, _forget_finished, run_demo, write_data
-from llava_train.model.encoders import load_vision_tower
 from llava_train.model.llm import load_llm, load_tokenizer
+from llava_train.model.towers.loading import load_vision_tower
 from scripts import check_demo
 
 pytest.importorskip("easy_vqa")

@@ -5,6 +5,7 @@ import torch
 
 from llava_train import load_recipe
 from llava_train.errors import RecipeError
+from llava_train.model.towers.features import image_features
 from llava_train.model.tuning import (
     apply_tuning,
     is_adapter,
@@ -14,11 +15,10 @@ from llava_train.model.tuning import (
     planned_dtypes,
     tuning_table,
 )
-from llava_train.model.vision import image_features
 from llava_train.recipe import Mode, OptimizationSettings, PartTuning, TuneSettings
 from llava_train.training.setup import build
 from tests import tiny
-from tests.model.test_vision import make
+from tests.model.towers.test_features import make
 
 
 def tuned(folder: Path, *overrides: str):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_train.model.encoders import load_vision_tower
 from llava_train.model.llm import load_llm, load_tokenizer
+from llava_train.model.towers.loading import load_vision_tower
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("easy_vqa")

@@ -19,8 +19,8 @@ from llava_train.cli import main
 from llava_train.data.features import PictureBatches
 from llava_train.data.micro_batches import MicroBatch
 from llava_train.errors import CheckpointError, RecipeError, RecordError
+from llava_train.model.towers.features import image_features
 from llava_train.model.tuning import planned_dtypes
-from llava_train.model.vision import image_features
 from llava_train.training import features, objective
 from llava_train.training.engines.base import cast
 from llava_train.training.engines.ranks import Ranks

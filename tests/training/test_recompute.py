@@ -5,8 +5,8 @@ import torch
 
 from llava_train.errors import RecipeError
 from llava_train.model.memory import Conditions, Kept, measure_kept
+from llava_train.model.towers.features import tower_layers
 from llava_train.model.tuning import planned_dtypes
-from llava_train.model.vision import tower_layers
 from llava_train.training.engines.base import cast
 from llava_train.training.objective import Objective
 from llava_train.training.recompute import (

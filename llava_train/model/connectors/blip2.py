@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2VisionConfig
 
 from llava_train.errors import CheckpointError
-from llava_train.model.encoders import key_report
 from llava_train.model.screening import read_config, screen_configs, screen_weights, shown
+from llava_train.model.towers.loading import key_report
 
 SIZES = (
     "num_queries",

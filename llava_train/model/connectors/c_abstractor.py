@@ -21,7 +21,7 @@ from llava_train.model.connectors.grids import (
     pooled_side,
     whole_grid,
 )
-from llava_train.model.shapes import vision_shape
+from llava_train.model.towers.shapes import vision_shape
 
 
 @register("c_abstractor")

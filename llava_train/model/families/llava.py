@@ -8,8 +8,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from llava_train.model.families.base import Family, Pictures, Text
-from llava_train.model.shapes import vision_shape
-from llava_train.model.vision import feature_shape, image_features
+from llava_train.model.towers.features import feature_shape, image_features
+from llava_train.model.towers.shapes import vision_shape
 
 
 class Llava(Family):

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipConfig, SiglipModel, ViTForImageClassification
 
 from llava_train.errors import CheckpointError, RecipeError
-from llava_train.model.encoders import (
+from llava_train.model.towers.features import image_features
+from llava_train.model.towers.loading import (
     check_features,
     load_vision_config,
     load_vision_tower,
@@ -17,10 +18,9 @@ from llava_train.model.encoders import (
     stock_features,
     vision_shape,
 )
-from llava_train.model.towers import Towers
-from llava_train.model.vision import image_features
+from llava_train.model.towers.stack import Towers
 from tests import tiny
-from tests.model.test_vision import make
+from tests.model.towers.test_features import make
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 0.25])[:, None, None]
 

@@ -1,4 +1,4 @@
-"""python -m llava_train.model.open_clip_convert ARCH SOURCE TARGET: an open_clip model as a folder of transformers.
+"""python -m llava_train.model.towers.open_clip_convert ARCH SOURCE TARGET: an open_clip model as transformers' folder.
 
 A plain vision transformer becomes CLIPVisionModel (CLS and a norm before the layers), SiglipVisionModel (neither) or
 ViTModel (CLS alone); its activation is read from the built module, which open_clip makes from the model's own
@@ -19,9 +19,9 @@ from torch import nn
 
 from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import atomic_folder, ensure_space, write_json
-from llava_train.model.open_clip import SIDECAR, build_visual, import_open_clip, is_file
-from llava_train.model.open_clip_layers import Plain, plain_of, to_stock
 from llava_train.model.screening import count_tensors, read_config
+from llava_train.model.towers.open_clip import SIDECAR, build_visual, import_open_clip, is_file
+from llava_train.model.towers.open_clip_layers import Plain, plain_of, to_stock
 
 _TOLERANCE = 1e-4
 """Of the largest feature: float32 sums in another order"""
@@ -136,7 +136,7 @@ def _compare(visual: Any, model: Any, plain: Plain) -> None:
 
 @torch.no_grad()
 def _save_trunk(visual: Any, found: Found, folder: Path) -> None:
-    from llava_train.model.trunk import OpenClipTrunk, OpenClipTrunkConfig
+    from llava_train.model.towers.trunk import OpenClipTrunk, OpenClipTrunkConfig
 
     size = _size(visual)
     try:

@@ -2,8 +2,8 @@
 
 Each is converted once into an ordinary folder (config.json, model.safetensors, preprocessor_config.json) in the cache,
 below $LLAVA_TRAIN_CACHE or ~/.cache/llava_train, and that folder is used from then on. The conversion is a process of
-its own (`llava_train.model.open_clip_convert`): open_clip imports torchvision, and what transformers' image processors
-compute depends on whether that is there. A .pt file is read with weights_only.
+its own (`open_clip_convert`): open_clip imports torchvision, and what transformers' image processors compute depends on
+whether that is there. A .pt file is read with weights_only.
 
 open_clip may lie in a folder of its own, which $LLAVA_TRAIN_OPEN_CLIP names (pip install --target): so it comes beside
 a torch that its newest torchvision was not built for.
@@ -86,7 +86,7 @@ def _convert(path: str, arch: str, source: str, target: Path) -> None:
     folder = os.environ.get(_FOLDER)
     if not (Path(folder) / "open_clip").is_dir() if folder else importlib.util.find_spec("open_clip") is None:
         raise CheckpointError(f"{path}: open_clip is not installed{f' in {folder}' if folder else ''}; {_INSTALL}")
-    command = [sys.executable, "-m", "llava_train.model.open_clip_convert", arch, source, str(target)]
+    command = [sys.executable, "-m", "llava_train.model.towers.open_clip_convert", arch, source, str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]

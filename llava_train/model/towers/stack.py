@@ -19,9 +19,9 @@ from torch.nn.functional import interpolate
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from llava_train.model.hidden import hidden_states, layer_list, layers_run, numbers
-from llava_train.model.shapes import VisionShape, vision_shape
-from llava_train.model.trunk import OpenClipTrunk
+from llava_train.model.towers.hidden import hidden_states, layer_list, layers_run, numbers
+from llava_train.model.towers.shapes import VisionShape, vision_shape
+from llava_train.model.towers.trunk import OpenClipTrunk
 
 
 class TowersConfig(PretrainedConfig):

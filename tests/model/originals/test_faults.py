@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llava_train.errors import CheckpointError
-from llava_train.model.original import load_original
-from tests.model.originals import projector, write_config, write_full, write_lora, write_weights
+from llava_train.model.originals.loading import load_original
+from tests.model.originals.made import projector, write_config, write_full, write_lora, write_weights
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""python -m tests.model.open_clip_trunks FOLDER NAME...: converted trunks that open_clip itself runs, checked.
+"""python -m tests.model.towers.open_clip_trunks FOLDER NAME...: converted trunks that open_clip itself runs, checked.
 
-A process of its own, as they import open_clip. FOLDER is what tests.model.open_clip_made wrote. Prints "ok" last.
+A process of its own, as they import open_clip. FOLDER is what `open_clip_made` wrote. Prints "ok" last.
 """
 
 import sys
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel
 
 from llava_train.errors import RecipeError
-from llava_train.model.encoders import load_vision_config, load_vision_tower, vision_shape
+from llava_train.model.towers.loading import load_vision_config, load_vision_tower, vision_shape
 from tests import tiny
 
 

@@ -13,7 +13,7 @@ from llava_train.inference import Prompt, answer, message, read_pictures
 from llava_train.recipe import load_recipe
 from llava_train.training.run import train
 from tests import tiny
-from tests.model import originals
+from tests.model.originals import made as originals
 
 
 @pytest.mark.parametrize("layout", ["full", "stage1", "lora"])

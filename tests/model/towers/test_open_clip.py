@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 
 from llava_train.errors import CheckpointError
-from llava_train.model.encoders import load_vision_config, load_vision_tower
-from llava_train.model.open_clip import import_open_clip, resolve
+from llava_train.model.towers.loading import load_vision_config, load_vision_tower
+from llava_train.model.towers.open_clip import import_open_clip, resolve
 
 FOLDER = os.environ.get("LLAVA_TRAIN_OPEN_CLIP")
 needs_open_clip = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def run(module: str, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("open_clip")
-    run("tests.model.open_clip_made", str(folder))
+    run("tests.model.towers.open_clip_made", str(folder))
     return folder
 
 
@@ -75,7 +75,7 @@ def test_what_no_class_computes_is_run_by_open_clip(made: Path) -> None:
     for name in TRUNKS:
         config = json.loads((made / "converted" / name / "config.json").read_text())
         assert config["model_type"] == "llava_train_open_clip", name
-    assert run("tests.model.open_clip_trunks", str(made), *TRUNKS).splitlines()[-1] == "ok"
+    assert run("tests.model.towers.open_clip_trunks", str(made), *TRUNKS).splitlines()[-1] == "ok"
 
 
 @needs_open_clip

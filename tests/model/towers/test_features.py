@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llava_train.model.encoders import stock_features
-from llava_train.model.towers import TowersConfig
-from llava_train.model.vision import feature_shape, image_features, layer_inputs, layers_above, tower_layers
+from llava_train.model.towers.features import feature_shape, image_features, layer_inputs, layers_above, tower_layers
+from llava_train.model.towers.loading import stock_features
+from llava_train.model.towers.stack import TowersConfig
 from tests import tiny
 
 

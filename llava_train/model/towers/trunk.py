@@ -1,7 +1,7 @@
 """A vision trunk of open_clip that no class of transformers computes, run by open_clip's own code.
 
-It is used inside `llava_train.model.towers.Towers`, and needs open_clip in the process that runs it. Towers that
-transformers has a class for are converted instead (`llava_train.model.open_clip_convert`).
+It is used inside `llava_train.model.towers.stack.Towers`, and needs open_clip in the process that runs it. Towers that
+transformers has a class for are converted instead (`llava_train.model.towers.open_clip_convert`).
 
 Shapes: I images, P positions (a map's pixels, row by row), V width.
 """
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from llava_train.errors import RecipeError
-from llava_train.model.shapes import VisionShape
+from llava_train.model.towers.shapes import VisionShape
 
 
 class OpenClipTrunkConfig(PretrainedConfig):
@@ -62,7 +62,7 @@ class OpenClipTrunk(PreTrainedModel):
 
     def __init__(self, config: OpenClipTrunkConfig) -> None:
         super().__init__(config)
-        from llava_train.model.open_clip import build_visual
+        from llava_train.model.towers.open_clip import build_visual
 
         self.visual: Any = build_visual(config.vision_cfg or {}, config.embed_dim, config.quick_gelu)
         self.post_init()

@@ -19,13 +19,13 @@ from llava_train.data.templates.fit import resolve_template
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.model.checkpoint import WEIGHTS, load_model, save_model
 from llava_train.model.llm import load_llm
-from llava_train.model.original import is_original, load_original, original_facts, require_frame
-from llava_train.model.vision import image_features
+from llava_train.model.originals.loading import is_original, load_original, original_facts, require_frame
+from llava_train.model.towers.features import image_features
 from llava_train.training.objective import Objective
 from scripts import compare_reference
 from tests import tiny
 from tests.conftest import GOLDEN
-from tests.model.originals import TOWER, projector, write_config, write_full, write_lora, write_weights
+from tests.model.originals.made import TOWER, projector, write_config, write_full, write_lora, write_weights
 
 REFERENCE = GOLDEN / "llava_reference"
 

@@ -15,11 +15,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from llava_train.errors import CheckpointError, RecipeError
-from llava_train.model.open_clip import resolve
 from llava_train.model.screening import screen_configs, screen_weights
-from llava_train.model.shapes import KINDS, VisionShape, vision_shape
-from llava_train.model.towers import Towers, TowersConfig
-from llava_train.model.trunk import OpenClipTrunkConfig
+from llava_train.model.towers.open_clip import resolve
+from llava_train.model.towers.shapes import KINDS, VisionShape, vision_shape
+from llava_train.model.towers.stack import Towers, TowersConfig
+from llava_train.model.towers.trunk import OpenClipTrunkConfig
 
 __all__ = [
     "VisionShape",

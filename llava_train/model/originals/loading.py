@@ -35,9 +35,8 @@ from llava_train.model.assemble import (
     widths,
 )
 from llava_train.model.connectors import build_connector
-from llava_train.model.encoders import load_vision_tower
 from llava_train.model.llm import IMAGE_TOKEN, attention_or_own, grow_vocabulary, load_llm
-from llava_train.model.original_config import (
+from llava_train.model.originals.config import (
     NON_LORA,
     PROJECTOR,
     TOWER,
@@ -47,10 +46,11 @@ from llava_train.model.original_config import (
     text_config,
     vision_of,
 )
-from llava_train.model.original_text import original_tokenizer, require_frame, template_of
-from llava_train.model.original_weights import Stored, fill, merge_adapters, stored, weight_files
+from llava_train.model.originals.text import original_tokenizer, require_frame, template_of
+from llava_train.model.originals.weights import Stored, fill, merge_adapters, stored, weight_files
 from llava_train.model.screening import read_config
 from llava_train.model.spec import ModelSpec, PartSource
+from llava_train.model.towers.loading import load_vision_tower
 from llava_train.recipe import ModelSettings
 
 __all__ = ["is_original", "load_original", "original_facts", "require_frame"]

@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.model.assemble import Seen
-from llava_train.model.encoders import check_features, load_vision_config
 from llava_train.model.screening import read_config, screen_configs, screen_layers, shown
-from llava_train.model.shapes import vision_shape
+from llava_train.model.towers.loading import check_features, load_vision_config
+from llava_train.model.towers.shapes import vision_shape
 from llava_train.recipe import ModelSettings
 
 PROJECTOR = "mm_projector.bin"

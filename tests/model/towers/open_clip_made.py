@@ -1,4 +1,4 @@
-"""python -m tests.model.open_clip_made FOLDER: open_clip models with random weights, their features, and conversions.
+"""python -m tests.model.towers.open_clip_made FOLDER: random open_clip models, their features, and conversions.
 
 A process of its own: it imports open_clip, and torchvision with it. For each case FOLDER/NAME holds the weights and
 what open_clip computes with them ("features": what each layer gives, without CLS), FOLDER/converted/NAME the result.
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from llava_train.errors import CheckpointError
-from llava_train.model.open_clip import build_visual, import_open_clip
-from llava_train.model.open_clip_convert import _find, _size, convert
+from llava_train.model.towers.open_clip import build_visual, import_open_clip
+from llava_train.model.towers.open_clip_convert import _find, _size, convert
 
 SMALL = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 3}
 CASES = {

@@ -13,7 +13,7 @@ from llava_train.data.templates.fit import AUTO, resolve_template
 from llava_train.data.templates.template import OWN
 from llava_train.errors import CheckpointError, DataError, RecipeError
 from llava_train.model.llm import IMAGE_TOKEN, add_image_token, load_tokenizer
-from llava_train.model.original_config import Original
+from llava_train.model.originals.config import Original
 
 _PATCH, _START, _END = "<im_patch>", "<im_start>", "<im_end>"
 _FRAMED = f"{_START}{IMAGE_TOKEN}{_END}"

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 from llava_train.errors import CheckpointError
-from llava_train.model.encoders import key_report
 from llava_train.model.screening import count_tensors, own_file, read_config
+from llava_train.model.towers.loading import key_report
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")

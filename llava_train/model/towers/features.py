@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llava_train.model.hidden import hidden_states, layer_list, layers_run, numbers
-from llava_train.model.shapes import vision_shape
-from llava_train.model.towers import Towers
+from llava_train.model.towers.hidden import hidden_states, layer_list, layers_run, numbers
+from llava_train.model.towers.shapes import vision_shape
+from llava_train.model.towers.stack import Towers
 
 
 def image_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Checkpoints of the original LLaVA code, read as a starting point."""
