@@ -8,7 +8,7 @@ from llava_train import __version__
 
 _RECIPE_HELP = "a YAML file, e.g. configs/demo/stage1.yaml"
 _OVERRIDE_HELP = "change a key of the recipe, e.g. optimization.learning_rate=2e-4 output=runs/mine"
-_MODEL_HELP = "a run folder, an exported folder, or any stock LlavaForConditionalGeneration folder"
+_MODEL_HELP = "a run folder, an exported folder, or a published model that docs/models.md names (folder or hub id)"
 
 
 def build_parser() -> argparse.ArgumentParser:

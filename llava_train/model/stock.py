@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
-from llava_train.model.assemble import Assembly
+from llava_train.model.assemble import Assembly, fingerprint
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
@@ -43,6 +44,9 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
         )
     template = _chat_template(folder, tokenizer)
     spec = stock_spec(folder, config, image_processor)
+    if dtype == torch.float32:  # as models are loaded to be trained, and again around what was
+        source = replace(spec.llm, fingerprint=fingerprint(model))
+        spec = replace(spec, vision=source, llm=source)
     rows = int(model.get_input_embeddings().weight.shape[0])
     return Assembly(model.eval(), tokenizer, image_processor, spec, template, rows)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -128,3 +129,12 @@ def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
 def test_what_is_nowhere_is_told(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_model(name)
+
+
+def test_a_source_that_changed_is_refused(workplace: Path) -> None:
+    start = published(workplace / "start", "interleave")
+    run = train(load_recipe(tiny.make_recipe(workplace, init_from=str(start), optimization__max_steps=1)))
+    weights = load_file(start / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not the weights this model was trained on"):
+        load_model(run)
