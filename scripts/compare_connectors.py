@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,7 @@ from llava_train.errors import LlavaTrainError
 from llava_train.files import ensure_space, read_json, write_json
 from llava_train.model.checkpoint import WEIGHTS, load_model
 from llava_train.model.costs import costs_of
-from llava_train.recipe import load_recipe
 from llava_train.training.monitor import METRICS, read_rows, say
-from llava_train.training.run import train
 
 ROWS = {
     "linear": ["model.connector=linear"],
@@ -103,8 +100,9 @@ def compared(folder: Path, asked: dict[str, Any], data: dict[str, Path]) -> dict
     if done.exists() and (known := read_json(done))["asked"] == asked:
         return dict(known["figures"])
     for stage, records in (("stage1", "captions"), ("stage2", "questions")):
-        train_stage(stage, folder, data[records], data["train_images"], asked["recipe"], asked["steps_scale"])
-    seen, shuffled = demo._evaluate(folder / "stage2", data, asked["limit"])
+        changes = [*asked["recipe"], f"data.cache_dir={folder.parent / 'prepared'}"]
+        demo.train_stage(stage, folder, data[records], data["train_images"], asked["steps_scale"], changes)
+    seen, shuffled = demo.ask(folder / "stage2", data, asked["limit"])
     metrics = {stage: read_rows(folder / stage / METRICS) for stage in ("stage1", "stage2")}
     steps = sum(row.get("seconds", 0.0) for rows in metrics.values() for row in rows)
     assembly = load_model(folder / "stage2")
@@ -120,33 +118,6 @@ def compared(folder: Path, asked: dict[str, Any], data: dict[str, Path]) -> dict
     }
     write_json(done, {"asked": asked, "figures": figures})
     return figures
-
-
-def train_stage(stage: str, folder: Path, records: Path, images: Path, changes: list[str], scale: float) -> None:
-    """One stage of the demo with some keys of its recipe changed; what is there of the same recipe is kept."""
-    target, recipe_file = folder / stage, Path(demo.__file__).with_name(f"{stage}.yaml")
-    epochs = load_recipe(recipe_file, changes_of_source(stage, folder)).optimization.epochs
-    overrides = [
-        *changes_of_source(stage, folder),
-        f"output={target}",
-        f"data.train=[{{path: '{records}', image_root: '{images}'}}]",
-        f"data.cache_dir={folder.parent / 'prepared'}",
-        f"optimization.epochs={epochs * scale}",
-        *changes,
-    ]
-    recipe = load_recipe(recipe_file, overrides)
-    recorded = target / "recipe.yaml"
-    if recorded.exists() and recorded.read_text(encoding="utf-8") != recipe.to_yaml():
-        shutil.rmtree(target)
-    if not (target / "final").exists():
-        train(recipe)
-
-
-def changes_of_source(stage: str, folder: Path) -> list[str]:
-    """Where a stage's model comes from."""
-    if stage == "stage1":
-        return [f"model.vision={demo.BACKBONES / 'vision'}", f"model.llm={demo.BACKBONES / 'llm'}"]
-    return [f"init_from={folder / 'stage1'}"]
 
 
 def trained_parameters(weights: Path) -> int:

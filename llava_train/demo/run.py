@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,17 +40,18 @@ def run_demo(out: str | Path = "runs/demo", quick: bool = False) -> dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     _forget_finished(folder)
     seconds: dict[str, float] = {}
+    share = 0.1 if quick else 1.0
     started = time.perf_counter()
     with _phase("data", "1/5  easy-vqa: 5,000 drawings, 48,248 questions (MIT)", seconds):
         data = write_data(folder / "data")
     with _phase("stage1", "2/5  stage 1: align the connector on captions", seconds):
-        _train("stage1", folder, data["captions"], data["train_images"], quick)
+        train_stage("stage1", folder, data["captions"], data["train_images"], share)
     with _phase("stage2", "3/5  stage 2: tune the LLM with LoRA on questions", seconds):
-        _train("stage2", folder, data["questions"], data["train_images"], quick)
+        train_stage("stage2", folder, data["questions"], data["train_images"], share)
     with _phase("export", "4/5  export for stock transformers, and prove it", seconds):
         exported = export(folder / "stage2", folder / "hf", dtype="float32", overwrite=True)
     with _phase("evaluation", "5/5  all questions of the test split, then with shuffled pictures", seconds):
-        seen, shuffled = _evaluate(exported, data, 512 if quick else None)
+        seen, shuffled = ask(exported, data, 512 if quick else None)
     seconds["total"] = time.perf_counter() - started
     report = _figures(folder, exported, seen, shuffled, seconds)
     write_json(folder / "report.json", report)
@@ -92,8 +93,13 @@ def write_data(folder: Path) -> dict[str, Path]:
     return {**files, "train_images": easy_vqa.image_folder("train"), "test_images": easy_vqa.image_folder("test")}
 
 
-def _train(stage: str, folder: Path, data: Path, images: Path, quick: bool) -> None:
-    """One stage; what an interrupted call of the same demo left is continued, or kept if it was finished."""
+def train_stage(
+    stage: str, folder: Path, data: Path, images: Path, share: float = 1.0, changes: Sequence[str] = ()
+) -> None:
+    """One stage, with `changes` of its recipe; `share` of its steps.
+
+    What an interrupted call with the same recipe left is continued, or kept if it was finished.
+    """
     target = folder / stage
     overrides = [
         f"output={target}",
@@ -104,9 +110,10 @@ def _train(stage: str, folder: Path, data: Path, images: Path, quick: bool) -> N
         overrides += [f"model.vision={BACKBONES / 'vision'}", f"model.llm={BACKBONES / 'llm'}"]
     else:
         overrides += [f"init_from={folder / 'stage1'}"]
+    overrides += changes
     recipe = load_recipe(_HERE / f"{stage}.yaml", overrides)
-    if quick:
-        overrides.append(f"optimization.epochs={recipe.optimization.epochs / 10}")
+    if share != 1:
+        overrides.append(f"optimization.epochs={recipe.optimization.epochs * share}")
         recipe = load_recipe(_HERE / f"{stage}.yaml", overrides)
     recorded = target / "recipe.yaml"
     if recorded.exists() and recorded.read_text(encoding="utf-8") != recipe.to_yaml():
@@ -117,8 +124,9 @@ def _train(stage: str, folder: Path, data: Path, images: Path, quick: bool) -> N
         train(recipe)
 
 
-def _evaluate(exported: Path, data: dict[str, Path], limit: int | None) -> tuple[Evaluation, Evaluation]:
-    assembly = load_model(exported)
+def ask(model: Path, data: dict[str, Path], limit: int | None) -> tuple[Evaluation, Evaluation]:
+    """Answers to the first `limit` test questions (None: all), with their pictures and with shuffled ones."""
+    assembly = load_model(model)
     options: dict[str, Any] = {"batch_size": 256, "max_new_tokens": 8, "limit": limit}
     seen = evaluate(assembly, data["test"], data["test_images"], **options)
     return seen, evaluate(assembly, data["test"], data["test_images"], shuffle_images=True, **options)

@@ -47,7 +47,7 @@ def test_rows_are_compared_and_kept(
         raise AssertionError("what is finished is trained again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(compare_connectors, "train", refuse)
+        patched.setattr(compare_connectors.demo, "train", refuse)
         assert main(asked) == 0
         assert capsys.readouterr().out.splitlines()[-1] == printed
         (tmp_path / "linear" / "row.json").unlink()  # trained, not yet asked
