@@ -211,8 +211,8 @@ def _asked_of(case: Case) -> str | set[str]:
     seen: set[str] = set()
     chosen = attention.best
 
-    def best(query: torch.Tensor) -> str:
-        kind = chosen(query)
+    def best(query: torch.Tensor, softcap: float | None = None) -> str:
+        kind = chosen(query, softcap)
         seen.add(kind)
         return kind
 

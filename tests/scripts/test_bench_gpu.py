@@ -164,8 +164,8 @@ def test_a_case_that_does_not_end_well_leaves_what_it_found(
 def test_a_wrong_attention_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is right but for the second stretch, where that has a parent."""
 
-    def unlike(query, key, value, layout, scale, dropout):  # type: ignore[no-untyped-def]
-        made = equality.ATTENTIONS["dense"](query, key, value, layout, scale, dropout)
+    def unlike(query, key, value, layout, scale, dropout, softcap=None):  # type: ignore[no-untyped-def]
+        made = equality.ATTENTIONS["dense"](query, key, value, layout, scale, dropout, softcap)
         child = slice(layout.starts[1], layout.starts[1] + layout.lengths[1])
         if layout.parents[1] >= 0:
             made = made.clone()
