@@ -29,9 +29,10 @@ from llava_train.data.pictures.processors import build_image_processor, pixel_va
 from llava_train.data.pictures.shapes import Picture
 from llava_train.errors import LlavaTrainError
 from llava_train.files import read_json
-from llava_train.model.assemble import join, model_config, see, widths
+from llava_train.model.assemble import model_config, see, widths
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.connectors import build_connector
+from llava_train.model.joining import join
 from llava_train.model.llm import load_llm
 from llava_train.model.towers.loading import load_vision_tower
 from llava_train.recipe import ModelSettings

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from llava_train.errors import CheckpointError, LlavaTrainError
 from llava_train.files import ensure_space, read_json, sha256_file, write_json
-from llava_train.model.assemble import Assembly, require_weights
+from llava_train.model.assemble import Assembly
+from llava_train.model.joining import require_weights
 from llava_train.model.llm import set_rows
 from llava_train.model.originals.loading import is_original, load_original
 from llava_train.model.rebuild import TEMPLATE, rebuild

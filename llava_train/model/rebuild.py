@@ -11,9 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Pretrai
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
-from llava_train.model.assemble import Assembly, Parts, fingerprint, join, put_together, widths
+from llava_train.model.assemble import Assembly, widths
 from llava_train.model.connectors import build_connector
 from llava_train.model.families.table import FAMILIES
+from llava_train.model.joining import Parts, fingerprint, join, put_together
 from llava_train.model.llm import attention_or_own, grow_vocabulary, load_llm
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.model.stock import load_stock

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
-from llava_train.model.assemble import Assembly, fingerprint
+from llava_train.model.assemble import Assembly
 from llava_train.model.families.table import FAMILIES
+from llava_train.model.joining import fingerprint
 from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.model.towers.loading import key_report

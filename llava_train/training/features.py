@@ -25,7 +25,8 @@ from llava_train.data.features import FEATURES, FeatureReader, FeatureStore, Pic
 from llava_train.data.preparing.prepared import PreparedSet
 from llava_train.files import sha256_json
 from llava_train.inference import shape_of
-from llava_train.model.assemble import Assembly, fingerprint
+from llava_train.model.assemble import Assembly
+from llava_train.model.joining import fingerprint
 from llava_train.model.towers.features import feature_shape, image_features
 from llava_train.model.towers.loading import vision_shape
 from llava_train.model.tuning import PRECISIONS

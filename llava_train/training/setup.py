@@ -13,11 +13,12 @@ import torch
 from llava_train.data.plan import Plan
 from llava_train.data.templates.fit import resolve_template
 from llava_train.inference import shape_of
-from llava_train.model.assemble import Assembly, assemble, fingerprint, retile, see, with_spec
+from llava_train.model.assemble import Assembly, assemble, retile, see, with_spec
 from llava_train.model.attention import use_packed_attention
 from llava_train.model.checkpoint import Own, load_model, merged, own_layout, weights_digest
 from llava_train.model.costs import Costs, Work, costs_of
 from llava_train.model.families.table import FAMILIES
+from llava_train.model.joining import fingerprint
 from llava_train.model.kernels import compile_layers, use_liger
 from llava_train.model.llm import load_tokenizer
 from llava_train.model.memory import Conditions, measure_kept

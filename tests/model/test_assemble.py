@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from llava_train import load_recipe
 from llava_train.errors import CheckpointError, LlavaTrainError
-from llava_train.model.assemble import fingerprint
+from llava_train.model.joining import fingerprint
 from llava_train.model.llm import add_image_token, grow_vocabulary, load_llm, load_tokenizer
 from llava_train.training.setup import build
 from tests import tiny

@@ -23,18 +23,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from llava_train.data.pictures.processors import build_image_processor
 from llava_train.errors import CheckpointError, LlavaTrainError
-from llava_train.model.assemble import (
-    Assembly,
-    Seen,
-    architecture_of,
-    fingerprint,
-    image_tokens_of,
-    join,
-    model_config,
-    require_weights,
-    widths,
-)
+from llava_train.model.assemble import Assembly, Seen, architecture_of, image_tokens_of, model_config, widths
 from llava_train.model.connectors import build_connector
+from llava_train.model.joining import fingerprint, join, require_weights
 from llava_train.model.llm import IMAGE_TOKEN, attention_or_own, grow_vocabulary, load_llm
 from llava_train.model.originals.config import (
     NON_LORA,
