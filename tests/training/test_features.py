@@ -19,9 +19,10 @@ from llava_train.cli import main
 from llava_train.data.features import PictureBatches
 from llava_train.data.micro_batches import MicroBatch
 from llava_train.errors import CheckpointError, RecipeError, RecordError
+from llava_train.model.families import llava
 from llava_train.model.towers.features import image_features
 from llava_train.model.tuning import planned_dtypes
-from llava_train.training import features, objective
+from llava_train.training import features
 from llava_train.training.engines.base import cast
 from llava_train.training.engines.ranks import Ranks
 from llava_train.training.features import with_features
@@ -108,7 +109,7 @@ def test_a_run_is_that_of_rounded_features(workplace: Path, calls: list[int], mo
     assert stored(workplace) == before
     assert rows_of(again) == rows_of(once)
     live = train(load_recipe(path, [f"output={workplace}/live"]))
-    monkeypatch.setattr(objective, "image_features", lambda *given: image_features(*given).bfloat16().float())
+    monkeypatch.setattr(llava, "image_features", lambda *given: image_features(*given).bfloat16().float())
     rounded = train(load_recipe(path, [f"output={workplace}/rounded"]))
     assert losses(once) == pytest.approx(losses(rounded), rel=1e-5)
     assert losses(once) == pytest.approx(losses(live), rel=1e-2)
