@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.data.templates.template import portable
@@ -26,8 +26,9 @@ from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
 from llava_train.model.families.llava import Llava
 from llava_train.model.families.table import family_of
-from llava_train.model.llm import IMAGE_TOKEN
-from llava_train.model.towers.loading import vision_shape
+from llava_train.model.llm import IMAGE_TOKEN, Head
+from llava_train.model.towers.shapes import vision_shape
+from llava_train.model.towers.stack import TowersConfig
 
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights stand below `vision_model.` in the long-lived dialect."""
@@ -46,12 +47,8 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
         return
     if not type(model).__module__.startswith("transformers."):
         raise ExportError(f"target 'hf': transformers has no class for a {architecture} model")
+    _require_stock_parts(model)
     model.model.multi_modal_projector = stock_projector(assembly)
-    if getattr(model.lm_head, "bias", None) is not None:
-        raise ExportError(
-            f"a {model.config.text_config.model_type} head has a bias, for which LlavaForConditionalGeneration has "
-            "no place; target 'hf' cannot carry this language model"
-        )
     if architecture != "llava":
         write_back(assembly, folder)
         return
@@ -60,6 +57,25 @@ def write_hf(assembly: Assembly, folder: Path) -> None:
     rename_keys(folder, model.config.vision_config.model_type)
     _complete_config(folder)
     _write_processor(assembly, folder)
+
+
+def _require_stock_parts(model: PreTrainedModel) -> None:
+    """ExportError for an encoder or a head that transformers' LLaVA classes have no place for."""
+    text, kind = model.config.text_config.model_type, type(model).__name__
+    if isinstance(model.config.vision_config, TowersConfig):
+        raise ExportError(
+            f"{kind} has one encoder, without registers and of a class of transformers; target 'hf' cannot carry this "
+            "model"
+        )
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise ExportError(
+            f"a {text} head has a bias, for which {kind} has no place; target 'hf' cannot carry this language model"
+        )
+    if isinstance(model.lm_head, Head):
+        raise ExportError(
+            f"a {text} model caps or scales what its head gives, which {kind} leaves out; target 'hf' cannot carry "
+            "this language model"
+        )
 
 
 def write_back(assembly: Assembly, folder: Path) -> None:
@@ -88,7 +104,7 @@ def _counting(assembly: Assembly) -> dict[str, Any]:
     if assembly.spec.architecture == "llava_onevision":
         own = {"num_image_tokens": shape.tokens("full"), "vision_aspect_ratio": config.vision_aspect_ratio}
         return {"processor_class": "LlavaOnevisionProcessor", **values, **own}
-    own = {"patch_size": shape.patch_size, "num_additional_image_tokens": shape.leading}
+    own = {"patch_size": shape.patch_size, "num_additional_image_tokens": shape.tokens("full") - shape.patches}
     return {"processor_class": "LlavaNextProcessor", **values, **own}
 
 

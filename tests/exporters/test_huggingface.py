@@ -104,9 +104,17 @@ def test_connectors_without_a_place_are_refused_by_name(tmp_path: Path, connecto
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="a phi head has a bias"):
-        export(quick_run(tmp_path, "phi"), tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("llm", "tower", "message"),
+    [
+        ("phi", "clip", "a phi head has a bias"),
+        ("gemma2", "clip", "a gemma2 model caps or scales what its head gives"),
+        ("llama", "dinov2-registers", "one encoder, without registers"),
+    ],
+)
+def test_what_the_stock_class_leaves_out_is_refused(tmp_path: Path, llm: str, tower: str, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(quick_run(tmp_path, llm, tower), tmp_path / "hf")
 
 
 def test_a_class_of_ours_is_refused(tmp_path: Path) -> None:
