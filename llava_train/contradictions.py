@@ -22,8 +22,13 @@ def contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "a connector has no such layers",
         ),
         *(
-            (decay is not None and not 0 < decay <= 1, ("tune", part, "layer_decay"), "must be above 0 and at most 1")
-            for part, decay in (("vision", tune.vision.layer_decay), ("llm", tune.llm.layer_decay))
+            fault
+            for part, own in (("vision", tune.vision), ("llm", tune.llm))
+            if own.layer_decay is not None
+            for fault in (
+                (not 0 < own.layer_decay <= 1, ("tune", part, "layer_decay"), "must be above 0 and at most 1"),
+                (own.mode == "frozen", ("tune", part, "layer_decay"), "is for a part that trains; set its mode"),
+            )
         ),
         (
             data.feature_cache and tune.vision.mode != "frozen",
@@ -124,6 +129,7 @@ def _model_faults(model: ModelSettings, data: DataSettings) -> list[tuple[bool, 
             ("model", "image_aspect_ratio"),
             f"{model.image_aspect_ratio!r}: choose one of pad, square, crop, anyres, anyres_max_N (N tiles, e.g. 9)",
         ),
+        (model.image_grid_pinpoints == [], ("model", "image_grid_pinpoints"), "is empty; remove it, or name sizes"),
         (bool(points) and not tiled, ("model", "image_grid_pinpoints"), "is for image_aspect_ratio anyres"),
         (
             any(len(point) != 2 or min(point) < 1 for point in points),

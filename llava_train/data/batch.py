@@ -119,7 +119,11 @@ class ImageReader:
     def pictures(self, sample: int, row: Row, shared: int) -> list[Picture]:
         """See `PictureReader`: a picture that cannot be read any more is told of the row's record."""
         try:
-            return self.read(row.images, row.media, row.aspect_ratio, shared)
+            pictures = self.read(row.images, row.media, row.aspect_ratio, shared)
+            if any(picture.tokens != tokens for picture, tokens in zip(pictures, row.image_tokens[shared:])):
+                message = "a picture has another size than when the set was prepared; run prepare --rebuild"
+                raise RecordError(message, "image_unreadable")
+            return pictures
         except RecordError as error:
             raise error.of(f"{row.place} (id {row.id})") from error
 

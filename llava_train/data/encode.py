@@ -239,7 +239,10 @@ def _finish(
     found = int((ids == encoder.image_token_id).sum())
     if found != expected:
         return sample.fault(f"the template renders {found} images, expected {expected}", "marker_count")
-    image_tokens = encoder.tokens_of(sample.images, sizes)
+    try:
+        image_tokens = encoder.tokens_of(sample.images, sizes)
+    except RecordError as error:
+        return error.of(sample.where)
     # ends[n] is the expanded length of the first n folded tokens.
     ends = np.concatenate([[0], np.cumsum(_widths(ids, image_tokens, encoder.image_token_id))])
     length, kept = int(ends[-1]), int(np.searchsorted(ends, encoder.max_length, side="right")) - 1

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llava_train.data.batch import ImageReader
 from llava_train.data.pictures.media import Media, name_of
 from llava_train.data.reading import read_samples
-from llava_train.data.sample import ImageRef, Sample
+from llava_train.data.sample import ImageRef, Sample, Turn
 from llava_train.errors import RecordError
 from llava_train.evaluation.metrics import constant_accuracy, exact_match, normalize
 from llava_train.inference import Prompt, answer, message, shape_of
@@ -134,7 +134,15 @@ def _ask(
 
 
 def _messages(sample: Sample) -> tuple[dict[str, Any], ...]:
-    return tuple(
-        message(turn.role, turn.text.removeprefix("\n"), sum(not isinstance(part, str) for part in turn.parts))
-        for turn in sample.turns[:-1]
-    )
+    return tuple(message(turn.role, *_asked(turn)) for turn in sample.turns[:-1])
+
+
+def _asked(turn: Turn) -> tuple[str, int]:
+    """The words of a turn without the newline behind each picture, which the template writes, and its pictures."""
+    said, pictures = "", 0
+    for before, part in zip(("", *turn.parts), turn.parts):
+        if isinstance(part, str):
+            said += part if isinstance(before, str) else part.removeprefix("\n")
+        else:
+            pictures += 1
+    return said, pictures

@@ -156,6 +156,8 @@ def see(settings: ModelSettings) -> Seen:
 def image_tokens_of(settings: ModelSettings, seen: Seen) -> int:
     """Tokens in the LLM of a square picture, or of one tile. RecipeError for tiles and a connector off their grid."""
     tokens = connector_tokens(settings.connector, seen.positions, settings.connector_options)
+    if settings.image_aspect_ratio.startswith("anyres"):
+        require_own_size(seen.config, seen.shape.image_size)
     if settings.image_aspect_ratio.startswith("anyres") and not tokens == seen.positions == seen.shape.patches:
         raise RecipeError(
             f"model.image_aspect_ratio: {settings.image_aspect_ratio}: tiles are put together on the encoder's own "
@@ -202,12 +204,20 @@ def widths(config: LlavaConfig) -> Widths:
     return Widths(config.vision_config.hidden_size * count, config.text_config.hidden_size)
 
 
+def require_own_size(config: PretrainedConfig, image_size: int) -> None:
+    """RecipeError for tiles of another size than the encoder's own, by which the stock classes lay them out."""
+    own = vision_shape(config).image_size
+    if image_size != own:
+        raise RecipeError(f"model.image_size: {image_size}: tiles have the encoder's own size, {own}; remove it")
+
+
 def retile(assembly: Assembly, seed: int) -> Assembly:
     """A model that saw one square picture so far as the class of tiles that its spec names, with a fresh newline.
 
     So LLaVA-NeXT goes from stage 1 to stage 2. Raises RecipeError for a connector that leaves the encoder's grid.
     """
     spec, config = assembly.spec, assembly.model.config
+    require_own_size(config.vision_config, spec.image_size)
     shape = vision_shape(config.vision_config, spec.image_size)
     if spec.image_tokens != shape.patches:
         raise RecipeError(

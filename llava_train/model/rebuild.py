@@ -67,7 +67,8 @@ def _from_stock(
         if isinstance(stock.model, FAMILIES[spec.architecture].model_class):
             return stock.model, stock.old_vocabulary
         return put_together(spec.architecture, config, Parts.of(stock.model), None), stock.old_vocabulary
-    config._attn_implementation = attn_implementation
+    if attention_or_own(attn_implementation):
+        config._attn_implementation = attn_implementation
     with init_empty_weights(include_buffers=False):  # the weights come from the file, unread until they are used
         return FAMILIES[spec.architecture].model_class._from_config(config, dtype=torch.float32), 0
 

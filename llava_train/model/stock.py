@@ -16,6 +16,7 @@ from llava_train.errors import CheckpointError
 from llava_train.model.assemble import Assembly
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.joining import fingerprint
+from llava_train.model.llm import attention_or_own
 from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.model.towers.loading import key_report
@@ -32,7 +33,7 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attention_or_own(attn_implementation),
             use_safetensors=True,
             output_loading_info=True,
         )

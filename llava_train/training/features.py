@@ -86,6 +86,7 @@ def _inputs(recipe: Recipe, prepared: PreparedSet, samples: np.ndarray, assembly
     known = None if spec.vision.included else spec.vision.fingerprint
     return {
         "tower": known or fingerprint(assembly.model.model.vision_tower),
+        "vision_config": _lasting(config.vision_config),
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_processor": json.loads(assembly.image_processor.to_json_string()),
@@ -94,6 +95,12 @@ def _inputs(recipe: Recipe, prepared: PreparedSet, samples: np.ndarray, assembly
         "set": prepared.contents,
         "samples": sha256_json(np.unique(samples).tolist()),
     }
+
+
+def _lasting(config: Any) -> dict[str, Any]:
+    """A tower's configuration without what changes with the place that it lies in."""
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    return {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _make(recipe: Recipe, assembly: Assembly, store: FeatureStore, dataset: PictureBatches, ranks: Ranks) -> None:

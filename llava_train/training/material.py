@@ -80,6 +80,11 @@ def _source(settings: SourceSettings, encoder: Encoder, recipe: Recipe) -> Sourc
         files = expand_paths(str(Path(name).expanduser()) if name.startswith("~") else name)
         beside = "." if is_remote(files[0]) else str(Path(files[0]).parent)
         root = Path(settings.image_root if settings.image_root is not None else beside).expanduser()
+    if settings.image_aspect_ratio and not isinstance(encoder.image_tokens, int):
+        try:
+            encoder.image_tokens.reshaped(settings.image_aspect_ratio)
+        except RecipeError as error:
+            raise RecipeError(f"data: source {settings.name or name}: {error}") from error
     turned = recipe.data.exif_orientation if settings.exif_orientation is None else settings.exif_orientation
     return Source(
         settings.name or name,

@@ -5,6 +5,7 @@ Shapes: B rows, T columns, D LLM width, S supervised tokens, V vocabulary, I ima
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -118,8 +119,12 @@ def _decoder_inputs(model: PreTrainedModel, batch: Batch, blank: Blank) -> dict[
 def _questions(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """What is asked about each picture: the text behind it up to the answer. Samples may share no beginning."""
     targets, width = (batch.predictors + 1).tolist(), batch.input_ids.shape[1]
+    # Where its answer was cut off, a question ends with its sample.
+    lengths = [[sum(row)] for row in batch.attention_mask.tolist()] if batch.attention_mask is not None else None
+    stretches = [list(accumulate(batch.lengths))]
     found = []
     for number, ids in enumerate(batch.input_ids.tolist()):
-        ends = [target - number * width for target in targets if target >= number * width]
+        own = lengths[number] if lengths else stretches[number]
+        ends = sorted([target - number * width for target in targets if target >= number * width] + own)
         found += questions_in(ids, model.config.image_token_id, model.config.image_seq_length, ends)
     return padded(found, batch.input_ids.device)

@@ -91,7 +91,15 @@ def tokens_of(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Shape, str]:
 
 def retiled(model: ModelSettings, spec: ModelSpec, processor: Any) -> tuple[ModelSpec, Any]:
     """Spec and image processor with the tiles that a recipe asks of a model which saw one square picture so far."""
-    if spec.architecture != "llava" or not model.image_aspect_ratio.startswith("anyres"):
+    asked, tiled = model.image_aspect_ratio, model.image_aspect_ratio.startswith("anyres")
+    decided = {
+        "model.fusion": model.fusion != "tokens" and spec.architecture != "llava_cross_attention",
+        "model.image_aspect_ratio": tiled and spec.architecture != "llava" and asked != spec.image_aspect_ratio,
+    }
+    for key in (key for key, other in decided.items() if other):
+        found = f"{spec.architecture} model ({spec.image_aspect_ratio})"
+        raise RecipeError(f"{key}: init_from is a {found}, which decides this: remove the key")
+    if spec.architecture != "llava" or not tiled:
         return spec, processor
     tiles = tile_processor(processor, model.image_aspect_ratio, spec.image_size, model.image_grid_pinpoints)
     changes: dict[str, Any] = {

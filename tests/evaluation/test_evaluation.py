@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 
 from llava_train import evaluate, load_model
+from llava_train.data.sample import ImageRef, Sample, Turn
 from llava_train.errors import DataError
 from llava_train.evaluation.metrics import constant_accuracy, exact_match, normalize
-from llava_train.evaluation.run import _shuffled
+from llava_train.evaluation.run import _messages, _shuffled
+from llava_train.inference import message
 
 
 def test_metrics() -> None:
@@ -37,3 +39,11 @@ def test_a_bad_record_is_named(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('[{"id": "x", "conversations": []}]')
     with pytest.raises(DataError, match=r"d\.json\[0\]"):
         evaluate(finished, tmp_path / "d.json")
+
+
+def test_pictures_side_by_side_are_asked_about_as_they_were_trained_on() -> None:
+    pictures = (ImageRef("a.png"), "\n", ImageRef("b.png"), "\nWhat?")
+    sample = Sample("s", (Turn("user", pictures), Turn("assistant", ("yes",))))
+    assert _messages(sample) == (message("user", "What?", 2),)
+    sample = Sample("s", (Turn("user", ("See ", ImageRef("a.png"), " here\n")), Turn("assistant", ("yes",))))
+    assert _messages(sample) == (message("user", "See  here\n", 1),)

@@ -6,6 +6,7 @@ Shapes as in `base`; how a picture becomes tiles is `llava_train.data.pictures.t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llava_train.errors import CheckpointError
 from llava_train.model.families.base import Pictures
 from llava_train.model.families.llava import Llava
 
@@ -30,7 +32,10 @@ class LlavaNext(Llava):
     model_class = LlavaNextForConditionalGeneration
 
     def describe(self, config: PretrainedConfig, image_processor: Any) -> dict[str, Any]:
-        """Tokens and size of a tile."""
+        """Tokens and size of a tile. CheckpointError where configuration and processor cut into other tiles."""
+        ours, theirs = ([list(point) for point in each.image_grid_pinpoints] for each in (config, image_processor))
+        if ours != theirs:
+            raise CheckpointError("image_grid_pinpoints: config.json and preprocessor_config.json differ")
         return {**super().describe(config, image_processor), "image_aspect_ratio": "anyres"}
 
     def complete(self, model: PreTrainedModel, seed: int | None) -> None:
@@ -79,7 +84,9 @@ class LlavaOnevision(LlavaNext):
 
     def describe(self, config: PretrainedConfig, image_processor: Any) -> dict[str, Any]:
         """The same, and how many tiles' tokens a picture has at most."""
-        ratio = config.vision_aspect_ratio
+        ratio = str(config.vision_aspect_ratio)
+        if not re.fullmatch(r"anyres_max_[1-9]\d*", ratio):
+            raise CheckpointError(f"config.json: vision_aspect_ratio: {ratio[:40]!r}: must be anyres_max_N")
         options = {"most": int(ratio.rpartition("_")[2])}
         return {**super().describe(config, image_processor), "image_aspect_ratio": ratio, "picture_options": options}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,18 @@ def test_it_trains_and_answers_by_the_question(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         questions = [torch.tensor(_questions(assembly, prompt)) for prompt in prompts]
         assert torch.equal(*questions)
+
+
+def test_a_question_ends_with_its_sample(tmp_path: Path) -> None:
+    """Where `max_length` cuts the last answer off, its picture is left and nothing behind it is supervised."""
+    recipe = load_recipe(recipe_of(tmp_path))
+    assembly, prepared = build(recipe), prepare(recipe).train
+    images = ImageReader(shape_of(assembly.spec, assembly.image_processor))
+    shown = [sample for sample in range(len(prepared)) if prepared.row(sample).images][:2]
+    for cut in (Cut(8), Cut(8, budget=999)):
+        batch = BatchReader(prepared, images, 0, cut)(MicroBatch(tuple(shown), (1.0, 1.0)))
+        unanswered = replace(batch, predictors=batch.predictors[:0], targets=batch.targets[:0])
+        ids, mask = questions_of(assembly.model, unanswered)
+        for question, own in zip(ids, mask.bool()):  # it goes on to the end of its sample, and not into the next
+            said = assembly.tokenizer.decode(question[own])
+            assert said.count("</s>") >= 1 and "USER" not in said.partition("</s>")[0] and "A chat" not in said

@@ -16,7 +16,7 @@ from llava_train.data.batch import BatchReader, ImageReader
 from llava_train.data.encode import IGNORE
 from llava_train.data.micro_batches import Cut, MicroBatch
 from llava_train.data.pictures.shapes import Shown
-from llava_train.errors import RecipeError
+from llava_train.errors import RecipeError, RecordError
 from llava_train.inference import Prompt, answer, batch_inputs, message, read_pictures, shape_of
 from llava_train.inspection import inspect
 from llava_train.model.attention import use_packed_attention
@@ -189,3 +189,32 @@ def test_the_export_is_the_stock_class_s_own(tmp_path: Path, way: str) -> None:
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["verified"]
     again = load_model(tmp_path / "out")
     assert type(again.model) is WAYS[way]
+
+
+def test_a_picture_that_changed_since_it_was_prepared_is_told(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_of(tmp_path, "anyres"))
+    assembly, prepared = build(recipe), prepare(recipe).train
+    Image.effect_noise((90, 20), 80).convert("RGB").save(tmp_path / "data" / "2.png")
+    reader = BatchReader(prepared, ImageReader(shape_of(assembly.spec, assembly.image_processor)), 0, Cut(8))
+    with pytest.raises(RecordError, match=r"r2\): a picture has another size than when the set was prepared"):
+        reader(MicroBatch((2,), (1.0,)))
+
+
+def test_tiles_have_the_size_of_the_encoder(tmp_path: Path) -> None:
+    tiny.make_tower(tmp_path / "vision", "dinov2")
+    with pytest.raises(RecipeError, match="image_size: 56: tiles have the encoder's own size, 28"):
+        prepare(load_recipe(recipe_of(tmp_path, "anyres", model__image_size=56)))
+
+
+def test_a_source_of_its_own_way_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_of(tmp_path, "anyres"), ["data.train.0.image_aspect_ratio=pad"])
+    with pytest.raises(RecipeError, match=r"data\.json: image_aspect_ratio: 'pad'"):
+        prepare(recipe)
+
+
+@pytest.mark.parametrize("key", ["model.image_aspect_ratio=anyres_max_9", "model.fusion=cross_attention"])
+def test_what_init_from_decides_is_not_ignored(tmp_path: Path, key: str) -> None:
+    folder = train(load_recipe(recipe_of(tmp_path, "anyres", optimization__max_steps=1)))
+    changes = [f"init_from={folder}", "model.image_aspect_ratio=pad", key, f"output={tmp_path}/more"]
+    with pytest.raises(RecipeError, match=f"{key.partition('=')[0]}: init_from is a llava_next model"):
+        train(load_recipe(tmp_path / "recipe.yaml", changes))
