@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 ensure_environment test
-folder=${OPEN_CLIP_FOLDER:-$VENV/open_clip}
+folder=$(realpath -m "${OPEN_CLIP_FOLDER:-$VENV/open_clip}")
 [ -d "$folder/open_clip" ] || "$VENV/bin/pip" install -q --target "$folder" --no-deps \
   open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0 ftfy wcwidth
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} LLAVA_TRAIN_OPEN_CLIP=$folder
