@@ -63,6 +63,9 @@ def run_pieces(
             yield from _in_order(tasks, pool, known, workers * _UNDER_WAY)
         except BaseException:
             _stop(set(multiprocessing.active_children()) - others, folder)
+            # Python before 3.11.6 waits for what is on its way to workers that are gone (gh-94777) as long as a reader
+            # is left, and the last one is this process itself.
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
             raise
 
 
