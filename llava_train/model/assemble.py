@@ -16,6 +16,7 @@ from llava_train.errors import RecipeError
 from llava_train.model.connectors import (
     Widths,
     build_connector,
+    connector_grid,
     connector_tokens,
     initialise_connector,
     lasting_options,
@@ -158,7 +159,9 @@ def image_tokens_of(settings: ModelSettings, seen: Seen) -> int:
     tokens = connector_tokens(settings.connector, seen.positions, settings.connector_options)
     if settings.image_aspect_ratio.startswith("anyres"):
         require_own_size(seen.config, seen.shape.image_size)
-    if settings.image_aspect_ratio.startswith("anyres") and not tokens == seen.positions == seen.shape.patches:
+    if settings.image_aspect_ratio.startswith("anyres") and not on_own_grid(
+        settings.connector, settings.connector_options, seen.positions, seen.shape
+    ):
         raise RecipeError(
             f"model.image_aspect_ratio: {settings.image_aspect_ratio}: tiles are put together on the encoder's own "
             f"grid of {seen.shape.patches} patches; connector {settings.connector!r} gives {tokens} tokens of "
@@ -204,6 +207,12 @@ def widths(config: LlavaConfig) -> Widths:
     return Widths(config.vision_config.hidden_size * count, config.text_config.hidden_size)
 
 
+def on_own_grid(connector: str, options: dict[str, Any], positions: int, shape: VisionShape) -> bool:
+    """Whether a connector's tokens lie on the grid of the encoder's patches, which tiles are put together on."""
+    side = shape.image_size // shape.patch_size
+    return connector_grid(connector, positions, options) == (side, side)
+
+
 def require_own_size(config: PretrainedConfig, image_size: int) -> None:
     """RecipeError for tiles of another size than the encoder's own, by which the stock classes lay them out."""
     own = vision_shape(config).image_size
@@ -219,7 +228,8 @@ def retile(assembly: Assembly, seed: int) -> Assembly:
     spec, config = assembly.spec, assembly.model.config
     require_own_size(config.vision_config, spec.image_size)
     shape = vision_shape(config.vision_config, spec.image_size)
-    if spec.image_tokens != shape.patches:
+    positions = shape.tokens(config.vision_feature_select_strategy)
+    if not on_own_grid(spec.connector, spec.connector_options, positions, shape):
         raise RecipeError(
             f"model.image_aspect_ratio: {spec.image_aspect_ratio}: tiles are put together on the encoder's own grid of "
             f"{shape.patches} patches; connector {spec.connector!r} of this model gives {spec.image_tokens} tokens"

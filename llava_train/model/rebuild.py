@@ -63,7 +63,8 @@ def _from_stock(
     if not (spec.llm.included and spec.vision.included):
         source = spec.vision if spec.llm.included else spec.llm
         stock = load_stock(Path(str(source.path)), torch.float32, attn_implementation)
-        _same(source, str(stock.spec.llm.fingerprint))
+        if source.fingerprint:
+            _same(source, fingerprint(stock.model))
         if isinstance(stock.model, FAMILIES[spec.architecture].model_class):
             return stock.model, stock.old_vocabulary
         return put_together(spec.architecture, config, Parts.of(stock.model), None), stock.old_vocabulary

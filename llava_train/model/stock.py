@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from llava_train.errors import CheckpointError
 from llava_train.model.assemble import Assembly
 from llava_train.model.families.table import FAMILIES
-from llava_train.model.joining import fingerprint
 from llava_train.model.llm import attention_or_own
 from llava_train.model.screening import read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
@@ -44,17 +42,16 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
         raise CheckpointError(
             f"{folder}: the weights do not fit a stock {config.model_type} model: {key_report(missing, info)}"
         )
-    template = _chat_template(folder, tokenizer)
     spec = stock_spec(folder, config, image_processor)
-    if dtype == torch.float32:  # as models are loaded to be trained, and again around what was
-        source = replace(spec.llm, fingerprint=fingerprint(model))
-        spec = replace(spec, vision=source, llm=source)
     rows = int(model.get_input_embeddings().weight.shape[0])
-    return Assembly(model.eval(), tokenizer, image_processor, spec, template, rows)
+    return Assembly(model.eval(), tokenizer, image_processor, spec, str(tokenizer.chat_template), rows)
 
 
 def read_stock(folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Any]:
-    """Configuration, tokenizer and image processor of a folder, without its weights. Raises CheckpointError."""
+    """Configuration, tokenizer (with the chat template) and image processor of a folder, without its weights.
+
+    Raises CheckpointError.
+    """
     screen_configs(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -121,6 +121,9 @@ def build(recipe: Recipe) -> Assembly:
     if recipe.init_from:
         attention, parts = recipe.model.attn_implementation, lacking_parts(recipe)
         assembly = merged(load_model(recipe.init_from, torch.float32, attention, *parts))
+        if assembly.spec.llm.kind == "llava" and weights_digest(recipe.init_from) is None:
+            source = replace(assembly.spec.llm, fingerprint=fingerprint(assembly.model))
+            assembly = with_spec(assembly, vision=source, llm=source)
         name, template = resolve_template(recipe.data.template, assembly.tokenizer)
         require_frame(assembly.tokenizer, template)
         spec, processor = retiled(recipe.model, assembly.spec, assembly.image_processor)
@@ -203,7 +206,8 @@ def identity_of(recipe: Recipe, prepared: Prepared, assembly: Assembly) -> dict[
     values["tokenizer"] = prepared.tokenizer
     values["weights"] = {"vision": assembly.spec.vision.fingerprint, "llm": assembly.spec.llm.fingerprint}
     if recipe.init_from:
-        values["weights"]["init_from"] = weights_digest(recipe.init_from) or fingerprint(assembly.model)
+        digest, whole = weights_digest(recipe.init_from), assembly.spec.llm.kind == "llava"  # the latter's is of it all
+        values["weights"]["init_from"] = digest or (None if whole else fingerprint(assembly.model))
     values["data.train"] = prepared.train.contents
     values["data.mixture"] = [[s.weight, s.repeat, s.cap] for s in recipe.data.train]
     values["data.validation"] = prepared.validation.contents if prepared.validation else None

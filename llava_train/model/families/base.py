@@ -94,6 +94,13 @@ class Family:
         """Fields of a ModelSpec for a folder in transformers' layout: `connector` and all about its pictures."""
         raise NotImplementedError
 
+    def placed(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, embeddings_BTD: torch.Tensor, states: torch.Tensor
+    ) -> torch.Tensor:
+        """The embeddings of a text with tokens of pictures, (tokens, D), in their places."""
+        places_BT1 = (input_ids == self.image_token_id(model)).unsqueeze(-1)
+        return embeddings_BTD.masked_scatter(places_BT1, states.to(embeddings_BTD.dtype))
+
     def image_token_id(self, model: PreTrainedModel) -> int:
         """Id of `image_token`."""
         return int(model.config.image_token_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llava_train.model.cross.blocks import pictures_seen
 from llava_train.model.cross.fused import CrossAttentionForConditionalGeneration, complete_blocks, decoder_inputs
@@ -25,10 +25,6 @@ class CrossAttention(Llava):
     def complete(self, model: PreTrainedModel, seed: int | None) -> None:
         """The gated blocks, and the decoder's way to them."""
         complete_blocks(model, seed)
-
-    def describe(self, config: PretrainedConfig, image_processor: Any) -> dict[str, Any]:
-        """Never: no folder in transformers' layout holds such a model."""
-        raise NotImplementedError
 
     def decoder_inputs(
         self, model: PreTrainedModel, text: Text, embeddings_BTD: torch.Tensor, states: torch.Tensor, shown: bool

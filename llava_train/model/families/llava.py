@@ -57,11 +57,9 @@ class Llava(Family):
         self, model: PreTrainedModel, text: Text, embeddings_BTD: torch.Tensor, states: torch.Tensor, shown: bool
     ) -> dict[str, Any]:
         """The embeddings with the pictures in their places."""
-        states = states.to(embeddings_BTD.dtype)
         if not shown:
-            return {"inputs_embeds": embeddings_BTD + 0.0 * states.sum()}
-        places_BT1 = (text.input_ids == self.image_token_id(model)).unsqueeze(-1)
-        return {"inputs_embeds": embeddings_BTD.masked_scatter(places_BT1, states)}
+            return {"inputs_embeds": embeddings_BTD + 0.0 * states.to(embeddings_BTD.dtype).sum()}
+        return {"inputs_embeds": self.placed(model, text.input_ids, embeddings_BTD, states)}
 
     def prompt_inputs(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, pictures: Pictures | None
@@ -80,7 +78,5 @@ class Llava(Family):
         """Arguments of `forward` and `generate` with the pictures among the embeddings, as in training."""
         embeddings = model.get_input_embeddings()(input_ids)
         if pictures is not None:
-            states = self.states(model, pictures).to(embeddings.dtype)
-            places = (input_ids == self.image_token_id(model)).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(places, states)
+            embeddings = self.placed(model, input_ids, embeddings, self.states(model, pictures))
         return {"inputs_embeds": embeddings, "attention_mask": attention_mask}

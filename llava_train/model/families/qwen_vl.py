@@ -71,12 +71,10 @@ class Qwen2VL(Family):
         self, model: PreTrainedModel, text: Text, embeddings_BTD: torch.Tensor, states: Tokens, shown: bool
     ) -> dict[str, Any]:
         """The embeddings with the pictures in their places, and positions in time, height and width, (3, B, T)."""
-        tokens = states.states.to(embeddings_BTD.dtype)
         if not shown:
-            return {"inputs_embeds": embeddings_BTD + 0.0 * tokens.sum()}
-        places_BT1 = (text.input_ids == self.image_token_id(model)).unsqueeze(-1)
+            return {"inputs_embeds": embeddings_BTD + 0.0 * states.states.to(embeddings_BTD.dtype).sum()}
         return {
-            "inputs_embeds": embeddings_BTD.masked_scatter(places_BT1, tokens),
+            "inputs_embeds": self.placed(model, text.input_ids, embeddings_BTD, states.states),
             "position_ids": self.positions(model, text, states.grids).to(embeddings_BTD.device),
         }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from llava_train.model.families.base import Family
@@ -31,8 +29,3 @@ for _name, _family in _ROWS.items():
 def family_of(model: PreTrainedModel) -> Family:
     """The family of a loaded model, by its class."""
     return next(FAMILIES[name] for name in FAMILIES if FAMILIES[name].model_class is type(model))
-
-
-def name_of(model: Any) -> str:
-    """The name of a loaded model's family."""
-    return next(name for name in FAMILIES if FAMILIES[name].model_class is type(model))

@@ -218,3 +218,9 @@ def test_what_init_from_decides_is_not_ignored(tmp_path: Path, key: str) -> None
     changes = [f"init_from={folder}", "model.image_aspect_ratio=pad", key, f"output={tmp_path}/more"]
     with pytest.raises(RecipeError, match=f"{key.partition('=')[0]}: init_from is a llava_next model"):
         train(load_recipe(tmp_path / "recipe.yaml", changes))
+
+
+def test_as_many_latents_as_patches_are_no_grid(tmp_path: Path) -> None:
+    options = {"model__connector": "resampler", "model__connector_options": {"num_latents": 4, "heads": 2}}
+    with pytest.raises(RecipeError, match="own grid of 4 patches; connector 'resampler' gives 4 tokens"):
+        prepare(load_recipe(recipe_of(tmp_path, "anyres", **options)))

@@ -16,7 +16,7 @@ from tests import tiny
 
 @torch.no_grad()
 def check(folder: Path, name: str) -> None:
-    path, made = str(folder / "converted" / name), torch.load(folder / name / "made.pt")
+    path, made = str(folder / "converted" / name), torch.load(folder / name / "made.pt", weights_only=True)
     wanted = made["features"][-1]
     towers = load_vision_tower(path, feature_layer=-1)
     found = towers(made["pixels"]).last_hidden_state
@@ -34,7 +34,7 @@ def check(folder: Path, name: str) -> None:
 @torch.no_grad()
 def beside_another(folder: Path) -> None:
     """A map of 2 x 2 beside CLIP's patches; the last two stages of a ConvNeXt do not fit together."""
-    path, made = str(folder / "converted" / "convnext"), torch.load(folder / "convnext" / "made.pt")
+    path, made = str(folder / "converted" / "convnext"), torch.load(folder / "convnext" / "made.pt", weights_only=True)
     clip = str(tiny.make_tower(folder / "tiny-clip"))
     towers = load_vision_tower([path, clip], feature_layer=[-1, -2])
     found = towers(made["pixels"]).last_hidden_state

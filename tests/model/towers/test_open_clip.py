@@ -57,7 +57,7 @@ def test_converted_models_give_open_clips_features(made: Path, name: str, kind: 
     tower = load_vision_tower(str(made / "converted" / name))
     assert type(tower) is kind
     assert tower.config.hidden_act == activation
-    own = torch.load(made / name / "made.pt")
+    own = torch.load(made / name / "made.pt", weights_only=True)
     states = tower(own["pixels"], output_hidden_states=True).hidden_states[1:]
     assert len(states) == len(own["features"])
     for state, wanted in zip(states, own["features"]):
