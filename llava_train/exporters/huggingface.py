@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.data.templates.template import portable
-from llava_train.errors import ExportError
-from llava_train.exporters.registry import TARGETS
+from llava_train.exporters.target import Request, Target
+from llava_train.exporters.verify import TOLERANCE, Reference, verify
 from llava_train.files import write_json
 from llava_train.inference import stop_ids
 from llava_train.model.assemble import Assembly
@@ -34,48 +34,65 @@ _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights stand below `vision_model.` in the long-lived dialect."""
 
 
-@TARGETS.register("hf")
-def write_hf(assembly: Assembly, folder: Path) -> None:
-    """Write weights, configurations, processor and chat template of a merged model into `folder`.
+class HuggingFace(Target):
+    """The class of transformers that a model is of, with everything old and new readers want."""
 
-    Raises ExportError for a connector or head that the stock class has no place for, and for an architecture that is
-    none of transformers'.
-    """
+    summary = "transformers' own class (Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Mllama); what most back ends read"
+    quantizes = ("int8", "int4")
+
+    def refusal(self, assembly: Assembly) -> str | None:
+        """Another class than transformers', or a part that its class has no place for."""
+        return stock_refusal(assembly) or connector_refusal(assembly)
+
+    def write(self, assembly: Assembly, folder: Path, request: Request) -> None:
+        """Weights, configurations, processor and chat template."""
+        model, architecture = assembly.model, assembly.spec.architecture
+        if not _is_whole(assembly):
+            model.model.multi_modal_projector = stock_projector(assembly)
+        if architecture != "llava":
+            write_back(assembly, folder)
+            return
+        model.generation_config.eos_token_id = stop_ids(assembly)
+        model.save_pretrained(folder)
+        rename_keys(folder, model.config.vision_config.model_type)
+        _complete_config(folder)
+        _write_processor(assembly, folder)
+
+    def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
+        """Stock transformers loads and asks it."""
+        return verify(reference, folder, TOLERANCE[request.dtype])
+
+
+def _is_whole(assembly: Assembly) -> bool:
+    """Whether a model came as one of another family than LLaVA's own, so that all its parts have their places."""
+    return assembly.spec.architecture != "llava" and assembly.spec.llm.kind == "llava"
+
+
+def stock_refusal(assembly: Assembly) -> str | None:
+    """Why transformers has no class for a model's encoder, head or fusion; None if it has."""
     model, architecture = assembly.model, assembly.spec.architecture
-    if architecture != "llava" and assembly.spec.llm.kind == "llava":
-        write_back(assembly, folder)
-        return
+    if _is_whole(assembly):
+        return None
     if not type(model).__module__.startswith("transformers."):
-        raise ExportError(f"target 'hf': transformers has no class for a {architecture} model")
-    _require_stock_parts(model)
-    model.model.multi_modal_projector = stock_projector(assembly)
-    if architecture != "llava":
-        write_back(assembly, folder)
-        return
-    model.generation_config.eos_token_id = stop_ids(assembly)
-    model.save_pretrained(folder)
-    rename_keys(folder, model.config.vision_config.model_type)
-    _complete_config(folder)
-    _write_processor(assembly, folder)
-
-
-def _require_stock_parts(model: PreTrainedModel) -> None:
-    """ExportError for an encoder or a head that transformers' LLaVA classes have no place for."""
+        return f"transformers has no class for a {architecture} model"
     text, kind = model.config.text_config.model_type, type(model).__name__
     if isinstance(model.config.vision_config, TowersConfig):
-        raise ExportError(
-            f"{kind} has one encoder, without registers and of a class of transformers; target 'hf' cannot carry this "
-            "model"
-        )
+        return f"{kind} has one encoder, without registers and of a class of transformers"
     if getattr(model.lm_head, "bias", None) is not None:
-        raise ExportError(
-            f"a {text} head has a bias, for which {kind} has no place; target 'hf' cannot carry this language model"
-        )
+        return f"a {text} head has a bias, for which {kind} has no place"
     if isinstance(model.lm_head, Head):
-        raise ExportError(
-            f"a {text} model caps or scales what its head gives, which {kind} leaves out; target 'hf' cannot carry "
-            "this language model"
-        )
+        return f"a {text} model caps or scales what its head gives, which {kind} leaves out"
+    return None
+
+
+def connector_refusal(assembly: Assembly) -> str | None:
+    """Why the two layers of transformers' LLaVA classes cannot be a model's connector; None if they can."""
+    if _is_whole(assembly):
+        return None
+    connector = assembly.model.model.multi_modal_projector
+    if isinstance(connector, LlavaMultiModalProjector | Linear):
+        return None
+    return f"connector {assembly.spec.connector!r} has no place in its class, which has two layers or one"
 
 
 def write_back(assembly: Assembly, folder: Path) -> None:
@@ -113,11 +130,6 @@ def stock_projector(assembly: Assembly) -> LlavaMultiModalProjector:
     connector = assembly.model.model.multi_modal_projector
     if isinstance(connector, LlavaMultiModalProjector):
         return connector
-    if not isinstance(connector, Linear):
-        raise ExportError(
-            f"connector {assembly.spec.connector!r} has no place in LlavaForConditionalGeneration; target 'hf' "
-            "carries 'linear' and 'mlp2x_gelu'"
-        )
     projector = LlavaMultiModalProjector(assembly.model.config).to(connector.linear.weight)
     projector.linear_1.load_state_dict(connector.linear.state_dict())
     with torch.no_grad():

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_train import load_model, load_recipe
 from llava_train.errors import CheckpointError
-from llava_train.exporters.huggingface import write_hf
+from llava_train.exporters.huggingface import HuggingFace
+from llava_train.exporters.target import Request
 from llava_train.files import sha256_file
 from llava_train.model.checkpoint import merged
 from llava_train.model.llm import load_llm, load_tokenizer
@@ -31,7 +33,7 @@ Load = Callable[[], object]
 def stock(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run as a stock Llava folder."""
     folder = tmp_path_factory.mktemp("stock")
-    write_hf(merged(load_model(finished)), folder)
+    HuggingFace().write(merged(load_model(finished)), folder, Request(torch.float32))
     return folder
 
 

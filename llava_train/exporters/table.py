@@ -1,0 +1,20 @@
+"""The table of export targets."""
+
+from __future__ import annotations
+
+from llava_train.exporters.huggingface import HuggingFace
+from llava_train.exporters.target import Target
+from llava_train.model.assemble import Assembly
+from llava_train.registry import Registry
+
+TARGETS: Registry[Target] = Registry("export target")
+_ROWS: dict[str, type[Target]] = {
+    "hf": HuggingFace,
+}
+for _name, _target in _ROWS.items():
+    TARGETS.register(_name)(_target())
+
+
+def fitting(assembly: Assembly) -> list[str]:
+    """Names of the targets that can carry a model."""
+    return [name for name in TARGETS if TARGETS[name].refusal(assembly) is None]
