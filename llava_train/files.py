@@ -108,13 +108,14 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def sweep(folder: Path, untouched_s: float = _ABANDONED_S) -> None:
-    """Remove temporary files and folders that nobody has touched for so long: their process ended in the middle.
+def sweep(folder: Path, untouched_s: float = _ABANDONED_S, name: str = "*") -> None:
+    """Remove temporary files and folders (of `name`) that nobody has touched for so long: their process ended in the
+    middle.
 
     Whether it still runs cannot be asked: it may run on another machine that shares the folder. One that holds the
     folder for itself says 0.
     """
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(f".{name}.tmp"):
         with suppress(OSError):
             if path.lstat().st_mtime <= time.time() - untouched_s:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -17,9 +17,10 @@ from llava_train.demo import easy_vqa
 from llava_train.demo.report import write_report
 from llava_train.errors import DataError
 from llava_train.evaluation.run import Evaluation, evaluate
-from llava_train.exporters.run import REPORT, export
+from llava_train.exporters.run import export
 from llava_train.files import ensure_space, read_json, write_json
 from llava_train.model.checkpoint import load_model
+from llava_train.model.stock import REPORT
 from llava_train.recipe import load_recipe
 from llava_train.training.monitor import METRICS, read_rows, say
 from llava_train.training.run import train

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llava_train.errors import ExportError
+from llava_train.exporters.backends import readers, written
+from llava_train.exporters.card import CARD, card
 from llava_train.exporters.table import TARGETS, fitting
 from llava_train.exporters.target import Request, Target
 from llava_train.exporters.verify import reference_of
-from llava_train.files import atomic_folder, ensure_space, sha256_file, write_json
+from llava_train.files import atomic_folder, ensure_space, sha256_file, sweep, write_json
 from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import load_model, merged
+from llava_train.model.stock import REPORT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPORT = "export_report.json"
 
 
 def export(
@@ -26,7 +31,7 @@ def export(
     overwrite: bool = False,
     quantize: str | None = None,
 ) -> Path:
-    """Write a model folder in the layout `to`, verified.
+    """Write a model folder in the layout `to`, verified, with a model card and `export_report.json`.
 
     Args:
         model: a run, a model folder of ours, or a published one that we know.
@@ -39,35 +44,42 @@ def export(
         ExportError: the target cannot carry the model, or the check failed (nothing is left behind).
     """
     target, folder = TARGETS[to], Path(out)
+    request = _request(to, target, dtype, quantize)
+    if folder.exists() and not overwrite:
+        raise ExportError(f"{folder}: exists; choose another folder, or --overwrite to replace it")
+    with tqdm(total=4, desc="load", unit="step", leave=False) as bar:
+        assembly = load_model(model)
+        if target.merges:
+            assembly = merged(assembly)
+        _require_fit(to, target, assembly)
+        _next(bar, "ask the model")
+        reference = reference_of(assembly)
+        facts = written(assembly, to, request)
+        assembly.model.to(request.dtype)
+        size = sum(p.numel() * p.element_size() for p in assembly.model.parameters())
+        ensure_space(folder, size + 20_000_000, "the export")
+        sweep(folder.parent, name=f"{glob.escape(folder.name)}.*")
+        with atomic_folder(folder) as temporary:
+            _next(bar, "write")
+            target.write(assembly, temporary, request)
+            _next(bar, "prove")
+            proof = target.prove(reference, temporary, request)
+            report = {"target": to, "dtype": dtype, "quantize": quantize, **proof}
+            report["back_ends"] = readers(facts, folder.name)
+            text = card(folder.absolute().name, model, assembly.spec, report)
+            (temporary / CARD).write_text(text, encoding="utf-8")
+            write_json(temporary / REPORT, {**report, "model": assembly.spec.to_dict(), "files": _digests(temporary)})
+            _next(bar, "done")
+    return folder
+
+
+def _request(to: str, target: Target, dtype: str, quantize: str | None) -> Request:
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if quantize is not None and quantize not in target.quantizes:
-        can = [name for name in TARGETS if quantize in TARGETS[name].quantizes]
-        raise ExportError(
-            f"target {to!r} cannot be written in {quantize}; targets that can: {', '.join(can) or 'none'}"
-        )
-    if folder.exists() and not overwrite:
-        raise ExportError(f"{folder}: exists; choose another folder, or --overwrite to replace it")
-    request = Request(DTYPES[dtype], quantize)
-    assembly = load_model(model)
-    if target.merges:
-        assembly = merged(assembly)
-    _require_fit(to, target, assembly)
-    reference = reference_of(assembly)
-    assembly.model.to(request.dtype)
-    size = sum(p.numel() * p.element_size() for p in assembly.model.parameters())
-    ensure_space(folder, size + 20_000_000, "the export")
-    with atomic_folder(folder) as temporary:
-        target.write(assembly, temporary, request)
-        report = target.prove(reference, temporary, request)
-        files = {
-            str(path.relative_to(temporary)): sha256_file(path)
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        own = {"target": to, "dtype": dtype, "quantize": quantize, **report}
-        write_json(temporary / REPORT, {**own, "model": assembly.spec.to_dict(), "files": files})
-    return folder
+        can = ", ".join(name for name in TARGETS if quantize in TARGETS[name].quantizes) or "none"
+        raise ExportError(f"target {to!r} cannot be written in {quantize!r}; targets that can: {can}")
+    return Request(DTYPES[dtype], quantize)
 
 
 def _require_fit(to: str, target: Target, assembly: Assembly) -> None:
@@ -75,3 +87,13 @@ def _require_fit(to: str, target: Target, assembly: Assembly) -> None:
     if why is not None:
         can = ", ".join(fitting(assembly)) or "none"
         raise ExportError(f"target {to!r} cannot carry this model: {why}; targets that can: {can}")
+
+
+def _next(bar: Any, what: str) -> None:
+    bar.update()
+    bar.set_description(what)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}

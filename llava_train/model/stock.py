@@ -12,13 +12,16 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_train.errors import CheckpointError
+from llava_train.files import sha256_file
 from llava_train.model.assemble import Assembly
 from llava_train.model.families.table import FAMILIES
 from llava_train.model.llm import attention_or_own
-from llava_train.model.screening import read_config, screen_configs, screen_weights
+from llava_train.model.screening import own_file, read_config, screen_configs, screen_weights
 from llava_train.model.spec import ModelSpec, PartSource
 from llava_train.model.towers.loading import key_report
 
+REPORT = "export_report.json"
+"""What an export of ours says of itself, with the sha256 of its files."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
@@ -26,6 +29,7 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
     """A folder of a class that we know, strictly. Raises CheckpointError."""
     config, tokenizer, image_processor = read_stock(folder)
     screen_weights(folder)
+    _verify_export(folder)
     try:
         model, info = FAMILIES[config.model_type].model_class.from_pretrained(
             folder,
@@ -93,6 +97,16 @@ def from_hub(name: str, hint: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_WANTED))
     except Exception as error:  # offline, not there, not allowed, no space: many types
         raise CheckpointError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
+
+
+def _verify_export(folder: Path) -> None:
+    """CheckpointError if weights that an export of ours wrote are not those any more."""
+    if not (folder / REPORT).is_file():
+        return
+    files = read_config(folder, REPORT).get("files")
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        if name.endswith(".safetensors") and sha256_file(own_file(folder, name)) != digest:
+            raise CheckpointError(f"{folder / name}: does not match its sha256 in {REPORT}: changed or damaged")
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
