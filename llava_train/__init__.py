@@ -19,12 +19,12 @@ _WHERE = {
     "evaluate": "llava_train.evaluation.run",
     "export": "llava_train.exporters.run",
     "load_model": "llava_train.model.checkpoint",
-    "Chat": "llava_train.chat.session",
+    "Conversation": "llava_train.chat.session",
     "run_demo": "llava_train.demo.run",
 }
 
 __all__ = [
-    "Chat",
+    "Conversation",
     "Recipe",
     "evaluate",
     "export",

@@ -5,9 +5,10 @@ Evaluation, chat and the export check all ask through here, so they see the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -149,30 +150,62 @@ def _answers(assembly: Assembly, prompts: Sequence[Prompt], max_new_tokens: int,
     return [text.strip() for text in assembly.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def stream(assembly: Assembly, prompt: Prompt, max_new_tokens: int, temperature: float = 0.0) -> Iterator[str]:
-    """Pieces of one answer as they come; an error of the model is raised here, not lost in its thread."""
+def stream(
+    assembly: Assembly,
+    prompt: Prompt,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Generator[str, None, None]:
+    """Pieces of one answer as they come; an error of the model is raised here, not lost in its thread.
+
+    Whoever stops reading (closes the generator, presses Ctrl-C) stops the model at its next token. Without `top_p`
+    the model's own is taken. A `seed` makes what is drawn the same each time.
+    """
     inputs = batch_inputs(assembly, [prompt])
     streamer = TextIteratorStreamer(assembly.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    stopped = Event()
+
+    def stop(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(ids),), stopped.is_set(), dtype=torch.bool, device=ids.device)
 
     def work() -> None:
+        options = _options(assembly, max_new_tokens, temperature, top_p)
         try:
-            with torch.inference_mode():
-                assembly.model.generate(**inputs, **_options(assembly, max_new_tokens, temperature), streamer=streamer)
+            with torch.inference_mode(), _drawn_from(seed):
+                assembly.model.generate(**inputs, **options, streamer=streamer, stopping_criteria=[stop])
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        thread.join()
     if failure:
         raise failure[0]
 
 
-def _options(assembly: Assembly, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+@contextmanager
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    """Random numbers that begin with a seed, and leave those of everybody else as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _options(assembly: Assembly, max_new_tokens: int, temperature: float, top_p: float | None = None) -> dict[str, Any]:
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
     return {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": stop_ids(assembly),

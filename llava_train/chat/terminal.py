@@ -1,23 +1,36 @@
-"""Chat in a terminal: answers stream to stdout, everything else goes to stderr."""
+"""A conversation in a terminal: answers stream to stdout, everything else goes to stderr."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 
-from llava_train.chat.session import Chat
+from llava_train.chat.pictures import name_of
+from llava_train.chat.session import Conversation
 from llava_train.errors import LlavaTrainError
 
-HELP = "/image PATH adds a picture, /clear starts over, /save FILE.json writes the conversation, /quit ends"
+HELP = """\
+/image PATH-or-URL  shows a picture with your next question (again for several)
+/regenerate         answers the last question again
+/transcript         shows what was said
+/save FILE.json     writes the conversation, /load FILE.json goes on with one
+/clear              starts over
+/quit               ends; Ctrl-C stops an answer"""
 
 
-def one_shot(chat: Chat, prompt: str) -> None:
+def one_shot(conversation: Conversation, prompt: str) -> None:
     """Answer one prompt and end."""
-    _print_answer(chat, prompt)
+    _print_answer(conversation.ask(prompt))
 
 
-def converse(chat: Chat) -> None:
-    """Read questions and commands until the end of input. Ctrl-C stops an answer, not the conversation."""
+def converse(conversation: Conversation, images: Iterable[str] = ()) -> None:
+    """Read questions and commands until the end of input, after showing `images`.
+
+    Nothing that goes wrong ends it. Ctrl-C stops an answer, not the conversation.
+    """
     _note(HELP)
+    for image in images:
+        _do(conversation, f"/image {image}")
     while True:
         try:
             _note("> ", end="")
@@ -30,37 +43,70 @@ def converse(chat: Chat) -> None:
             continue
         if line in ("/quit", "/exit"):
             return
-        try:
-            if line.startswith("/"):
-                _command(chat, line)
-            elif line:
-                _print_answer(chat, line)
-        except LlavaTrainError as error:
-            _note(str(error))
-        except OSError as error:
-            _note(f"{error.filename}: {error.strerror}")
-        except KeyboardInterrupt:
-            _note("\n(answer stopped)")
+        _do(conversation, line)
 
 
-def _command(chat: Chat, line: str) -> None:
+def _do(conversation: Conversation, line: str) -> None:
+    """A command or a question, and what goes wrong with it as one line."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip()
-    if name == "/image" and argument:
-        chat.show(argument)
-        _note(f"{argument} is shown with your next question")
-    elif name == "/clear":
-        chat.clear()
-        _note("started over")
-    elif name == "/save" and argument:
-        chat.save(argument)
-        _note(f"saved to {argument}")
-    else:
-        _note(HELP)
+    argument = argument.strip().strip("'\"")
+    try:
+        if name in _BARE:
+            _BARE[name](conversation)
+        elif name in _NAMING and argument:
+            _NAMING[name](conversation, argument)
+        elif line.startswith("/"):
+            _note(HELP)
+        elif line:
+            _print_answer(conversation.ask(line))
+    except LlavaTrainError as error:
+        _note(str(error))
+    except OSError as error:
+        _note(f"{error.filename or ''}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _note("\n(answer stopped)")
 
 
-def _print_answer(chat: Chat, prompt: str) -> None:
-    for piece in chat.ask(prompt):
+def _regenerate(conversation: Conversation) -> None:
+    _print_answer(conversation.regenerate())
+
+
+def _transcript(conversation: Conversation) -> None:
+    for turn in conversation.transcript():
+        print(f"{turn['role']}: {'<image> ' * int(turn['images'])}{turn['text']}", flush=True)
+
+
+def _clear(conversation: Conversation) -> None:
+    conversation.clear()
+    _note("started over")
+
+
+def _image(conversation: Conversation, source: str) -> None:
+    conversation.show(source)
+    _note(f"{name_of(source)} is shown with your next question")
+
+
+def _save(conversation: Conversation, file: str) -> None:
+    conversation.save(file)
+    _note(f"saved to {file}")
+
+
+def _load(conversation: Conversation, file: str) -> None:
+    found = Conversation.load(file, conversation.assembly, limits=conversation.limits)
+    conversation.turns, conversation.waiting = found.turns, found.waiting
+    _note(f"{file}: {len(found.turns)} answers; go on")
+
+
+_BARE: dict[str, Callable[[Conversation], None]] = {
+    "/regenerate": _regenerate,
+    "/transcript": _transcript,
+    "/clear": _clear,
+}
+_NAMING: dict[str, Callable[[Conversation, str], None]] = {"/image": _image, "/save": _save, "/load": _load}
+
+
+def _print_answer(pieces: Iterator[str]) -> None:
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
 

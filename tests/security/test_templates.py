@@ -10,7 +10,7 @@ import pytest
 from transformers import AddedToken
 
 from llava_train import load_model
-from llava_train.chat.session import Chat
+from llava_train.chat.session import Conversation
 from llava_train.data.encode import Encoder, encode
 from llava_train.data.records.formats import parse_llava
 from llava_train.data.templates.fit import resolve_template
@@ -83,7 +83,7 @@ def test_the_template_of_a_model_in_chat(finished: Path, canary: Path) -> None:
     hostile = ESCAPES["lipsum"].replace("CANARY", str(canary))
     object.__setattr__(assembly, "template", hostile)
     with pytest.raises(LlavaTrainError, match="unsafe"):
-        list(Chat(assembly).ask("What is it?"))
+        list(Conversation(assembly).ask("What is it?"))
     assert not canary.exists()
 
 

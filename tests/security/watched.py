@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     """Train, resume, merge and export, chat; then do what the hook must see, or it proves nothing."""
     sys.addaudithook(_note)
     from llava_train import export, load_model, load_recipe, train
-    from llava_train.chat.session import Chat
+    from llava_train.chat.session import Conversation
     from tests import tiny
 
     options = ["data.prepare_workers=1", "optimization.max_steps=2", "checkpoint.save_every=1"]
@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
     _during("export", lambda: export(folder / "run", folder / "out" / "hf", dtype="float32"))
 
     def chat(model: Path) -> None:
-        session = Chat(load_model(model), max_new_tokens=2)
+        session = Conversation(load_model(model), max_new_tokens=2)
         session.show(folder / "data" / "0.png")
         "".join(session.ask("What is it?"))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from llava_train import export, load_model
-from llava_train.chat.session import Chat
+from llava_train.chat.session import Conversation
 from llava_train.errors import ExportError
 from llava_train.inference import Prompt, answer, message, read_pictures
 from llava_train.model.costs import Counts, costs_of, step_flops
@@ -49,7 +49,7 @@ def test_both_stages_save_and_answer(tmp_path: Path, llm: str) -> None:
     prompts = [Prompt((message("user", "What?", 1),), pictures), Prompt((message("user", "Say yes."),))]
     assert answer(assembly, prompts, 5) == [answer(assembly, [prompt], 5)[0] for prompt in prompts]
     image.save(tmp_path / "a.png")
-    chat = Chat(assembly, max_new_tokens=4)
+    chat = Conversation(assembly, max_new_tokens=4)
     chat.show(tmp_path / "a.png")
     "".join(chat.ask("What?"))
     chat.show(tmp_path / "a.png")

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llava_train import load_model
-from llava_train.chat.session import Chat
+from llava_train.chat.session import Conversation
 from llava_train.data.batch import Batch, BatchReader, ImageReader
 from llava_train.data.encode import IGNORE
 from llava_train.data.micro_batches import Cut, MicroBatch
@@ -195,7 +195,7 @@ def test_adapters_train_and_the_model_is_one_of_transformers_again(tmp_path: Pat
     again = load_model(tmp_path / "hf")
     with torch.inference_mode():
         torch.testing.assert_close(again.model(**batch_inputs(assembly, prompt)).logits, trained, atol=1e-4, rtol=1e-4)
-    chat = Chat(again, max_new_tokens=4)
+    chat = Conversation(again, max_new_tokens=4)
     for shown, question in (((0, 1), "Which?"), ((), "Is it green?"), ((2,), "And this?")):
         for place in shown:
             chat.show(tmp_path / f"2-{place}.png")
