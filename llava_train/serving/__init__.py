@@ -1,0 +1,1 @@
+"""Answering others over HTTP, as OpenAI's API does."""
