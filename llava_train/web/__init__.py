@@ -1,0 +1,1 @@
+"""Talk with one or two models in a browser."""
