@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import os
 import socket
@@ -16,9 +15,9 @@ from llava_train.chat.pictures import PictureLimits
 from llava_train.errors import LlavaTrainError
 from llava_train.exporters.backends import vllm_command
 from llava_train.model.assemble import Assembly
+from llava_train.serving.port import LOOPBACK, address_of, bind
 
 KEY_VARIABLE = "LLAVA_TRAIN_API_KEY"
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def open_port(options: argparse.Namespace) -> socket.socket:
@@ -31,19 +30,8 @@ def open_port(options: argparse.Namespace) -> socket.socket:
         raise LlavaTrainError(f"{' and '.join(missing)}: not installed; pip install 'llava-train[serve]'")
     if not 0 <= options.temperature <= 2 or not 0 < options.max_image_mb < 1000:
         raise LlavaTrainError("--temperature goes from 0 to 2, --max-image-mb from more than 0 to less than 1000")
-    key = api_key(options)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        if key is None and not ipaddress.ip_address(address[0]).is_loopback:
-            raise LlavaTrainError(
-                f"--host {options.host}: others could use the model without a key; set {KEY_VARIABLE} (or --api-key)"
-            )
-        port = socket.socket(family, kind, protocol)
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(address)
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise LlavaTrainError(f"--host {options.host} --port {options.port}: {error}") from error
-    return port
+    advice = f"without a key; set {KEY_VARIABLE} (or --api-key)"
+    return bind(options.host, options.port, api_key(options) is not None, advice)
 
 
 def api_key(options: argparse.Namespace) -> str | None:
@@ -68,7 +56,7 @@ def serve(assembly: Assembly, options: argparse.Namespace, port: socket.socket) 
     service = Service(
         name=name,
         api_key=key,
-        hosts=None if key else (*_LOOPBACK_NAMES, options.host),
+        hosts=None if key else (*LOOPBACK, options.host),
         max_queue=options.max_queue,
         bounds=Bounds(
             answer=options.max_new_tokens,
@@ -104,9 +92,7 @@ def served_name(model: str) -> str:
 
 def how_to_ask(port: socket.socket, name: str, key: bool) -> list[str]:
     """The address, and a line to try it with."""
-    host, number = port.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    address = f"http://{host}:{number}/v1"
+    address = f"{address_of(port)}/v1"
     authorization = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if key else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}, ensure_ascii=False)
     return [

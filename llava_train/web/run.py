@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import socket
 import sys
@@ -14,33 +13,21 @@ from tempfile import TemporaryDirectory
 
 from llava_train.errors import LlavaTrainError
 from llava_train.model.assemble import Assembly
+from llava_train.serving.port import LOOPBACK, address_of, bind
 
 AUTH_VARIABLE = "LLAVA_TRAIN_WEB_AUTH"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OLDEST = 6
 
 
 def open_port(options: argparse.Namespace) -> socket.socket:
     """The port asked for, bound but not listening: whatever needs no model is refused before one is loaded.
 
-    Raises LlavaTrainError: Gradio is missing or too old, a public address without a password (as for `serve`: what
-    many could use, nobody should open by accident), an address that cannot be had.
+    Raises LlavaTrainError: Gradio is missing or too old, a public address without a password, an address that cannot
+    be had.
     """
     _check_gradio()
-    pair = credentials(options)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        if pair is None and not ipaddress.ip_address(address[0]).is_loopback:
-            raise LlavaTrainError(
-                f"--host {options.host}: others could use the model without a password; set {AUTH_VARIABLE} (or --auth)"
-                " to USER:PASSWORD"
-            )
-        port = socket.socket(family, kind, protocol)
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind(address)
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise LlavaTrainError(f"--host {options.host} --port {options.port}: {error}") from error
-    return port
+    advice = f"without a password; set {AUTH_VARIABLE} (or --auth) to USER:PASSWORD"
+    return bind(options.host, options.port, credentials(options) is not None, advice)
 
 
 def _check_gradio() -> None:
@@ -84,11 +71,5 @@ def serve(models: Sequence[tuple[str, Assembly]], options: argparse.Namespace, p
         settings = Settings(options.max_new_tokens, options.temperature, options.top_p)
         app = build_app(models, settings, auth, None if auth else (*LOOPBACK, options.host))
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-        print(f"{_address(port)} shows {' and '.join(name for name, _ in models)} (Ctrl-C ends)", file=sys.stderr)
+        print(f"{address_of(port)} shows {' and '.join(name for name, _ in models)} (Ctrl-C ends)", file=sys.stderr)
         uvicorn.Server(config).run([port])
-
-
-def _address(port: socket.socket) -> str:
-    host, number = port.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{number}"

@@ -11,8 +11,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_train.model.assemble import Assembly
+from llava_train.serving.port import LOOPBACK
 from llava_train.web.page import STYLE, build_page
-from llava_train.web.run import LOOPBACK
 from llava_train.web.talk import DEFAULTS, Settings
 
 _UPLOAD = "20mb"
