@@ -84,18 +84,11 @@ def _set_environment(debug: bool) -> None:
 
 
 def _load_placed(options: argparse.Namespace) -> Assembly:
-    """The model on the device and in the precision asked for."""
-    import torch
+    """The model where and how it was asked for."""
+    from llava_train.model.placement import Placement, load_placed
 
-    from llava_train.model.checkpoint import load_model
-
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise LlavaTrainError("--device cuda: torch sees no GPU")
-    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    assembly = load_model(options.model, getattr(torch, dtype))
-    assembly.model.to(device)
-    return assembly
+    asked = (options.device, options.dtype, options.attn_implementation, options.load_in, options.device_map)
+    return load_placed(options.model, Placement(*asked))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -196,22 +189,42 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from llava_train.exporters.run import export
+    from llava_train.exporters.run import export, said
 
-    print(export(options.model, options.out, options.to, options.dtype, options.overwrite))
+    measured = (options.quantize, options.held_out, options.image_root)
+    folder = export(options.model, options.out, options.to, options.dtype, options.overwrite, *measured)
+    print(said(folder), file=sys.stderr)
+    print(folder)
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from llava_train.chat.session import Chat
+    from llava_train.chat.session import Conversation
     from llava_train.chat.terminal import converse, one_shot
 
-    chat = Chat(_load_placed(options), options.max_new_tokens, options.temperature)
-    for image in options.image:
-        chat.show(image)
+    sampling = (options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    conversation = Conversation(_load_placed(options), *sampling)
     if options.prompt is None:
-        converse(chat)
-    else:
-        one_shot(chat, options.prompt)
+        converse(conversation, options.image)
+        return
+    for image in options.image:
+        conversation.show(image)
+    one_shot(conversation, options.prompt)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from llava_train.serving.run import open_port, serve
+
+    port = open_port(options)
+    serve(_load_placed(options), options, port)
+
+
+def _web(options: argparse.Namespace) -> None:
+    from llava_train.web.run import names_of, open_port, serve
+
+    given = [options.model] if options.model2 is None else [options.model, options.model2]
+    with open_port(options) as port:
+        assemblies = [_load_placed(argparse.Namespace(**{**vars(options), "model": each})) for each in given]
+        serve(list(zip(names_of(given), assemblies)), options, port)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -223,6 +236,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": _evaluate,
     "export": _export,
     "chat": _chat,
+    "serve": _serve,
+    "web": _web,
 }
 
 

@@ -60,7 +60,7 @@ def evaluate(
     if shuffle_images:
         images = _shuffled(images)
     started = time.perf_counter()
-    answers = _ask(assembly, samples, images, media, batch_size, max_new_tokens)
+    answers = answers_to(assembly, samples, images, media, batch_size, max_new_tokens)
     truths = [sample.turns[-1].text for sample in samples]
     questions = [_question(sample) for sample in samples]
     figures = {
@@ -111,7 +111,7 @@ def _question(sample: Sample) -> str:
     return "\n".join(turn.text for turn in sample.turns[:-1])
 
 
-def _ask(
+def answers_to(
     assembly: Assembly,
     samples: Sequence[Sample],
     images: Sequence[Sequence[ImageRef]],
@@ -119,6 +119,7 @@ def _ask(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
+    """Greedy answers to what stands before the last answer of each sample, with these pictures."""
     reader = ImageReader(shape_of(assembly.spec, assembly.image_processor))
     answers = [""] * len(samples)
     # Prompts of like length share a batch, so little is padded.
@@ -126,15 +127,16 @@ def _ask(
     with tqdm(total=len(samples), desc="evaluate", unit=" records", delay=2) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            prompts = [Prompt(_messages(samples[i]), tuple(reader.read(images[i], media))) for i in chosen]
+            prompts = [Prompt(messages_of(samples[i])[:-1], tuple(reader.read(images[i], media))) for i in chosen]
             for index, text in zip(chosen, answer(assembly, prompts, max_new_tokens)):
                 answers[index] = text
             bar.update(len(chosen))
     return answers
 
 
-def _messages(sample: Sample) -> tuple[dict[str, Any], ...]:
-    return tuple(message(turn.role, *_asked(turn)) for turn in sample.turns[:-1])
+def messages_of(sample: Sample) -> tuple[dict[str, Any], ...]:
+    """A sample as chat messages."""
+    return tuple(message(turn.role, *_asked(turn)) for turn in sample.turns)
 
 
 def _asked(turn: Turn) -> tuple[str, int]:

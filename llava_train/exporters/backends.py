@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any
 
+from llava_train.exporters.table import TARGETS
 from llava_train.exporters.target import Request
 from llava_train.model.assemble import Assembly
 
@@ -30,16 +32,18 @@ class Written:
         target: name of the target.
         model_class: of transformers, or ours.
         tower, llm: `model_type` of the encoder's configuration and of the language model's.
-        strategy: which positions of the encoder are read, `default` (no CLS) or `full`; "" where a class has none.
+        connector: name in our registry.
         quantize: `int8`, `int4` or None.
+        whole_modules: whether an adapter folder brings modules that were trained whole (the connector).
     """
 
     target: str
     model_class: str
     tower: str
     llm: str
-    strategy: str
+    connector: str
     quantize: str | None
+    whole_modules: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,14 @@ def written(assembly: Assembly, target: str, request: Request) -> Written:
         type(assembly.model).__name__,
         str(config.vision_config.model_type),
         str(config.text_config.model_type),
-        str(getattr(config, "vision_feature_select_strategy", "")),
+        assembly.spec.connector,
         request.quantize,
     )
 
 
 def _vllm(export: Written) -> str | None:
+    if export.whole_modules:
+        return "vLLM takes no adapters with modules trained whole (modules_to_save): serve a merged --to hf export"
     if export.model_class in _LLAVA and export.tower not in _TOWERS:
         return f"vLLM's LLaVA classes have CLIP and SigLIP, not a {export.tower}"
     if export.model_class not in _LLAVA + _QWEN:
@@ -79,11 +85,10 @@ def _vllm(export: Written) -> str | None:
 
 
 def _sglang(export: Written) -> str | None:
-    if export.target == "hf" and export.model_class == _LLAVA[0] and export.strategy == "default":
-        return (
-            "SGLang refuses vision_feature_select_strategy 'default' in transformers' layout: export with --to llava "
-            "for it"
-        )
+    if export.target == "hf" and export.model_class in _LLAVA:
+        return "SGLang reads the original layout of LLaVA, not transformers': export with --to llava for it"
+    if export.target == "llava" and export.connector != "mlp2x_gelu":
+        return f"SGLang's projector has two layers with GELU between, and this one is {export.connector!r}"
     return None
 
 
@@ -106,12 +111,19 @@ BACK_ENDS: tuple[BackEnd, ...] = (
         },
     ),
     BackEnd("transformers serve", {"hf": "transformers serve {folder}"}),
-    BackEnd("vLLM", {"hf": "vllm serve {folder}"}, _vllm),
+    BackEnd(
+        "vLLM",
+        {
+            "hf": "vllm serve {folder}",
+            "adapter": "vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules mine={folder}",
+        },
+        _vllm,
+    ),
     BackEnd(
         "SGLang",
         {
             "hf": "python -m sglang.launch_server --model-path {folder}",
-            "llava": "python -m sglang.launch_server --model-path {folder}",
+            "llava": "cd {folder} && python -m sglang.launch_server --model-path .",
         },
         _sglang,
     ),
@@ -119,7 +131,12 @@ BACK_ENDS: tuple[BackEnd, ...] = (
     BackEnd("llama.cpp", {"gguf": "llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf"}),
     BackEnd("Ollama", {"gguf": "ollama create NAME -f {folder}/Modelfile && ollama run NAME"}),
     BackEnd(
-        "the original LLaVA code", {"llava": "python -m llava.serve.cli --model-path {folder} --image-file PICTURE"}
+        "the original LLaVA code",
+        {
+            "llava": "python -m llava.serve.cli --model-path {folder} --image-file PICTURE",
+            "llava-stage1": "python llava/train/train_mem.py --pretrain_mm_mlp_adapter {folder}/mm_projector.bin",
+            "llava-lora": "python -m llava.serve.cli --model-path {folder} --model-base BASE --image-file PICTURE",
+        },
     ),
     BackEnd("PEFT", {"adapter": "PeftModel.from_pretrained(base, {folder!r})"}),
 )
@@ -134,3 +151,14 @@ def readers(export: Written, folder: str) -> list[dict[str, Any]]:
             own = {"why": why} if why else {"command": each.commands[export.target].format(folder=folder)}
             rows.append({"name": each.name, **own})
     return rows
+
+
+def vllm_command(assembly: Assembly, model: str) -> str:
+    """How a loaded model is served by vLLM: the command, with an export before it where `model` is not as transformers
+    wrote it; or why it cannot be."""
+    why = TARGETS["hf"].refusal(assembly) or _vllm(written(assembly, "hf", Request(assembly.model.dtype)))
+    if why:
+        return f"vLLM cannot serve this model ({why}); docs/backends.md says what can"
+    if assembly.spec.llm.kind == "llava" and not assembly.spec.history:
+        return f"vllm serve {quote(model)} --dtype bfloat16"
+    return f"llava-train export {quote(model)} EXPORT, then vllm serve EXPORT --dtype bfloat16"

@@ -211,12 +211,13 @@ def _figures(runs: list[Run], report: dict[str, Any]) -> str:
     if worst is not None:
         lines.append(f"* Export against the trained model: logits differ by at most {worst:.1e} of the largest one.")
     held_out = report.get("held_out")
-    if held_out and held_out.get("records"):
-        for metric, values in held_out["metrics"].items():
-            lines.append(
-                f"* {metric} on {held_out['records']} held-out records: {values['before']:.4g} before, "
-                f"{values['after']:.4g} after {report['quantize']}."
-            )
+    if held_out:
+        measured = {held_out["metric"]: held_out, "loss": held_out["loss"]}
+        lines += [
+            f"* {metric} on {held_out['records']} held-out records: {values['before']:.4g} before, "
+            f"{values['after']:.4g} after {report['quantize']}."
+            for metric, values in measured.items()
+        ]
     return "\n".join(lines) or "None were kept."
 
 

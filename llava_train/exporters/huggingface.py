@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from llava_train.data.templates.template import portable
+from llava_train.exporters.quantize import TOLERANCE as ROUNDED
+from llava_train.exporters.quantize import packed
+from llava_train.exporters.reading import write_reading
 from llava_train.exporters.target import Request, Target
 from llava_train.exporters.verify import TOLERANCE, Reference, verify
 from llava_train.files import write_json
@@ -26,8 +27,7 @@ from llava_train.model.assemble import Assembly
 from llava_train.model.connectors import Linear
 from llava_train.model.families.llava import Llava
 from llava_train.model.families.table import family_of
-from llava_train.model.llm import IMAGE_TOKEN, Head
-from llava_train.model.towers.shapes import vision_shape
+from llava_train.model.llm import Head
 from llava_train.model.towers.stack import TowersConfig
 
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -46,21 +46,20 @@ class HuggingFace(Target):
 
     def write(self, assembly: Assembly, folder: Path, request: Request) -> None:
         """Weights, configurations, processor and chat template."""
-        model, architecture = assembly.model, assembly.spec.architecture
+        model = assembly.model
         if not _is_whole(assembly):
             model.model.multi_modal_projector = stock_projector(assembly)
-        if architecture != "llava":
-            write_back(assembly, folder)
-            return
         model.generation_config.eos_token_id = stop_ids(assembly)
-        model.save_pretrained(folder)
-        rename_keys(folder, model.config.vision_config.model_type)
-        _complete_config(folder)
-        _write_processor(assembly, folder)
+        with packed(model, request.quantize):
+            model.save_pretrained(folder)
+        if isinstance(family_of(model), Llava):
+            rename_keys(folder, model.config.vision_config.model_type)
+            _complete_config(folder)
+        write_reading(assembly, folder)
 
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
-        """Stock transformers loads and asks it."""
-        return verify(reference, folder, TOLERANCE[request.dtype])
+        """Stock transformers loads and asks it. A quantised one is compared with the model that was rounded alike."""
+        return verify(reference, folder, ROUNDED if request.quantize else TOLERANCE[request.dtype])
 
 
 def _is_whole(assembly: Assembly) -> bool:
@@ -93,36 +92,6 @@ def connector_refusal(assembly: Assembly) -> str | None:
     if isinstance(connector, LlavaMultiModalProjector | Linear):
         return None
     return f"connector {assembly.spec.connector!r} has no place in its class, which has two layers or one"
-
-
-def write_back(assembly: Assembly, folder: Path) -> None:
-    """A model of a class of transformers in that class's layout; its processor by the files of its parts, because a
-    part for video need not be there."""
-    model, family = assembly.model, family_of(assembly.model)
-    model.generation_config.eos_token_id = stop_ids(assembly)
-    model.save_pretrained(folder)
-    # Our templates write `<image>` for a picture, which such a class does not know.
-    template = portable(assembly.template).replace(f"{IMAGE_TOKEN}\\n", family.marker + repr(family.line_end)[1:-1])
-    assembly.tokenizer.chat_template = template
-    assembly.tokenizer.save_pretrained(folder)
-    assembly.image_processor.save_pretrained(folder)
-    if isinstance(family, Llava):
-        rename_keys(folder, model.config.vision_config.model_type)
-        _complete_config(folder)
-        write_json(folder / "processor_config.json", _counting(assembly))
-    _write_template(template, folder)
-
-
-def _counting(assembly: Assembly) -> dict[str, Any]:
-    """What the processors of LLaVA's classes of tiles must know to count a picture's tokens."""
-    config, size = assembly.model.config, assembly.spec.image_size
-    shape, strategy = vision_shape(config.vision_config, size), config.vision_feature_select_strategy
-    values = {"vision_feature_select_strategy": strategy, "image_token": IMAGE_TOKEN}
-    if assembly.spec.architecture == "llava_onevision":
-        own = {"num_image_tokens": shape.tokens("full"), "vision_aspect_ratio": config.vision_aspect_ratio}
-        return {"processor_class": "LlavaOnevisionProcessor", **values, **own}
-    own = {"patch_size": shape.patch_size, "num_additional_image_tokens": shape.tokens("full") - shape.patches}
-    return {"processor_class": "LlavaNextProcessor", **values, **own}
 
 
 def stock_projector(assembly: Assembly) -> LlavaMultiModalProjector:
@@ -170,29 +139,3 @@ def _complete_config(folder: Path) -> None:
     if "rope_theta" in rope:
         values["text_config"]["rope_theta"] = rope["rope_theta"]
     write_json(path, values)
-
-
-def _write_processor(assembly: Assembly, folder: Path) -> None:
-    """Processor files for new readers (`processor_config.json`) and old ones (`preprocessor_config.json`)."""
-    config = assembly.model.config
-    template = portable(assembly.template)
-    shape = vision_shape(config.vision_config, assembly.spec.image_size)
-    processor = LlavaProcessor(
-        image_processor=assembly.image_processor,
-        tokenizer=assembly.tokenizer,
-        patch_size=shape.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=shape.tokens("full") - shape.patches,
-        chat_template=template,
-    )
-    assembly.tokenizer.chat_template = template
-    processor.save_pretrained(folder)
-    assembly.image_processor.save_pretrained(folder)
-    _write_template(template, folder)
-
-
-def _write_template(template: str, folder: Path) -> None:
-    """For new readers and old ones."""
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write_json(folder / "chat_template.json", {"chat_template": template})

@@ -24,16 +24,20 @@ GREEDY_TOKENS = 16
 
 def load_processor(folder: str, config: Any, trust_remote_code: bool) -> Any:
     """The folder's processor, without a part for video, which nobody here has a use for."""
-    # Before transformers 5 there was one kind of image processor that needs no torchvision.
-    old = int(transformers.__version__.partition(".")[0]) < 5
-    plain: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
-    if trust_remote_code:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=True, **plain)
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        processor = AutoProcessor.from_pretrained(folder, **trust)
+        # Said to the processor, it would ask for a slow tokenizer, too.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, use_fast=False, **trust)
+        return processor
+    plain = {"backend": "pil"}
+    if trust_remote_code:
+        return AutoProcessor.from_pretrained(folder, **trust, **plain)
     kind = PROCESSOR_MAPPING[type(config)]
-    if "video_processor" not in kind.get_attributes() if hasattr(kind, "get_attributes") else kind.attributes:
+    if "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(folder, **plain)
     # The part for video cannot be loaded without torchvision.
     kind = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})

@@ -44,6 +44,9 @@ class Target(ABC):
     def write(self, assembly: Assembly, folder: Path, request: Request) -> None:
         """Write the folder (which exists and is empty); the model is in `request.dtype` and may be changed.
 
+        Where `request.quantize` is given, the model afterwards holds what a reader unpacks: that is what `prove`
+        compares with, and what held-out records are measured on.
+
         Raises ExportError.
         """
 

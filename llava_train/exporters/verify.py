@@ -6,9 +6,10 @@ The probe is one picture with one question, and the same question without a pict
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,6 +156,40 @@ def _gap(ours: Asked, theirs: list[int], place: int) -> float:
     return float(logits[ours.greedy[place]] - logits[theirs[place]])
 
 
+def answers_of(
+    command: Callable[[Path, Path], list[str]], image: Image.Image, failure: str
+) -> tuple[dict[str, Any], dict[str, Asked]]:
+    """The probe's questions to a fresh process: what it says of itself, and its answers.
+
+    Args:
+        command: of the paths of the picture and of the safetensors file that it writes, with `NAME.ids`, `.logits`,
+            `.greedy` of each prompt. It prints one JSON last: `prompts`, and `our_package` where that must be false.
+        image: the picture.
+        failure: how the message begins if the process fails.
+
+    Raises ExportError with the last line of what the process said.
+    """
+    with TemporaryDirectory() as scratch:
+        picture, out = Path(scratch) / "probe.png", Path(scratch) / "answers.safetensors"
+        image.save(picture)
+        # transformers copies a folder's code before it runs it: not to where older copies may lie.
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        done = subprocess.run(command(picture, out), capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise ExportError(f"{failure}: {last[0]}")
+        said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        tensors = load_file(str(out))
+    if said.pop("our_package", False):
+        raise ExportError("the check imported llava_train: it proves nothing")
+
+    def asked(name: str, prompt: str) -> Asked:
+        ids, logits, greedy = (tensors[f"{name}.{part}"] for part in ("ids", "logits", "greedy"))
+        return Asked(prompt, ids.tolist(), logits, greedy.tolist(), torch.empty(0))
+
+    return said, {name: asked(name, prompt) for name, prompt in said["prompts"].items() if prompt}
+
+
 def ask_stock(
     folder: Path, image: Image.Image, python: str = sys.executable, trust_remote_code: bool = False
 ) -> tuple[dict[str, Any], dict[str, Asked]]:
@@ -163,32 +198,13 @@ def ask_stock(
     Returns what the process says of itself (missing, unexpected, class, transformers) and its answers.
     Raises ExportError if it cannot load the folder.
     """
-    with TemporaryDirectory() as scratch:
-        picture, out = Path(scratch) / "probe.png", Path(scratch) / "stock.safetensors"
-        image.save(picture)
+    flags = ["--trust-remote-code"] if trust_remote_code else []
+
+    def command(picture: Path, out: Path) -> list[str]:
         # -I leaves the current folder and PYTHONPATH out.
-        command = [python, "-I", str(PROBE), str(folder.absolute()), str(picture), QUESTION, str(out)]
-        command += ["--trust-remote-code"] if trust_remote_code else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise ExportError(f"stock transformers cannot load the export: {last[0]}")
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-        tensors = load_file(str(out))
-    if result.pop("our_package"):
-        raise ExportError("the check imported llava_train: it proves nothing")
-    asked = {
-        name: Asked(
-            prompt,
-            tensors[f"{name}.ids"].tolist(),
-            tensors[f"{name}.logits"],
-            tensors[f"{name}.greedy"].tolist(),
-            torch.empty(0),
-        )
-        for name, prompt in result["prompts"].items()
-        if prompt
-    }
-    return result, asked
+        return [python, "-I", str(PROBE), str(folder.absolute()), str(picture), QUESTION, str(out), *flags]
+
+    return answers_of(command, image, "stock transformers cannot load the export")
 
 
 def verify(

@@ -208,7 +208,7 @@ def grow_vocabulary(model: PreTrainedModel, tokens: int, seed: int) -> int:
     old = int(model.get_input_embeddings().weight.shape[0])
     if tokens <= old:
         return old
-    rows = _sample_rows(model.get_input_embeddings().weight.data, _padded(tokens) - old, seed)
+    rows = sample_rows(model.get_input_embeddings().weight.data, _padded(tokens) - old, seed)
     model.resize_token_embeddings(tokens, pad_to_multiple_of=_PAD_TO_MULTIPLE, mean_resizing=False)
     set_rows(model, old, rows, rows)
     return old
@@ -225,7 +225,7 @@ def _padded(tokens: int) -> int:
     return -(-tokens // _PAD_TO_MULTIPLE) * _PAD_TO_MULTIPLE
 
 
-def _sample_rows(embeddings: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+def sample_rows(embeddings: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """(count, width) rows from N(mean, 1e-5 covariance) of the embeddings, in float64 on the CPU."""
     known = embeddings.double().cpu()
     mean = known.mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float32, attn_implementa
     """A folder of a class that we know, strictly. Raises CheckpointError."""
     config, tokenizer, image_processor = read_stock(folder)
     screen_weights(folder)
-    _verify_export(folder)
+    require_unchanged(folder)
+    _unpack(config, folder)
     try:
         model, info = FAMILIES[config.model_type].model_class.from_pretrained(
             folder,
@@ -99,14 +101,28 @@ def from_hub(name: str, hint: str) -> Path:
         raise CheckpointError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
 
 
-def _verify_export(folder: Path) -> None:
+def require_unchanged(folder: Path) -> None:
     """CheckpointError if weights that an export of ours wrote are not those any more."""
     if not (folder / REPORT).is_file():
         return
     files = read_config(folder, REPORT).get("files")
     for name, digest in files.items() if isinstance(files, dict) else ():
-        if name.endswith(".safetensors") and sha256_file(own_file(folder, name)) != digest:
+        if name.endswith((".safetensors", ".bin")) and sha256_file(own_file(folder, name)) != digest:
             raise CheckpointError(f"{folder / name}: does not match its sha256 in {REPORT}: changed or damaged")
+
+
+def _unpack(config: PretrainedConfig, folder: Path) -> None:
+    """Have quantised weights unpacked as they are loaded: a model of ours computes, trains and is written with plain
+    layers. Raises CheckpointError for what is not read."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != "compressed-tensors":
+        raise CheckpointError(f"{folder}: its weights are quantised by {method!r}; only compressed-tensors is read")
+    if find_spec("compressed_tensors") is None:
+        raise CheckpointError(f"{folder}: its weights are quantised: pip install 'llava-train[quantize]' to read them")
+    found["dequantize"] = True
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llava_train.errors import CheckpointError, RecipeError
 from llava_train.model.assemble import Seen
-from llava_train.model.screening import read_config, screen_configs, screen_layers, shown
+from llava_train.model.screening import own_file, read_config, screen_configs, screen_layers, shown
 from llava_train.model.towers.loading import check_features, load_vision_config
 from llava_train.model.towers.shapes import vision_shape
 from llava_train.recipe import ModelSettings
@@ -100,7 +100,7 @@ def read_original(folder: Path, llm: str | None, vision: str | None) -> Original
         kind,
         values,
         "" if kind == "full" else _named(llm, base, "model.llm", f"the language model that {folder} was trained on"),
-        _named(vision, values.get("mm_vision_tower"), "model.vision", f"the vision encoder of {folder}"),
+        _named(vision, _tower_of(folder, values), "model.vision", f"the vision encoder of {folder}"),
     )
     if lora and Path(found.llm).is_dir() and is_original(Path(found.llm)):
         base = read_original(Path(found.llm), None, found.vision)
@@ -113,6 +113,14 @@ def read_original(folder: Path, llm: str | None, vision: str | None) -> Original
             "start from a full checkpoint, which holds them"
         )
     return found
+
+
+def _tower_of(folder: Path, values: dict[str, Any]) -> Any:
+    """`mm_vision_tower`; an encoder inside the folder, which an export of ours names so, by its whole path."""
+    name = values.get("mm_vision_tower")
+    if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) and (folder / name).is_dir():
+        return str(own_file(folder, f"{name}/config.json").parent)
+    return name
 
 
 def _named(given: str | None, found: Any, key: str, what: str) -> str:

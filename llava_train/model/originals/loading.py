@@ -37,10 +37,11 @@ from llava_train.model.originals.config import (
     text_config,
     vision_of,
 )
-from llava_train.model.originals.text import original_tokenizer, require_frame, template_of
+from llava_train.model.originals.text import original_tokenizer, require_frame, template_in
 from llava_train.model.originals.weights import Stored, fill, merge_adapters, stored, weight_files
 from llava_train.model.screening import read_config
 from llava_train.model.spec import ModelSpec, PartSource
+from llava_train.model.stock import require_unchanged
 from llava_train.model.towers.loading import load_vision_tower
 from llava_train.recipe import ModelSettings
 
@@ -76,7 +77,7 @@ def original_facts(
     tokenizer = original_tokenizer(original)
     processor = _processor(settings, seen)
     parts = PartSource(original.vision), PartSource(original.llm or str(folder))
-    return tokenizer, processor, _spec(settings, seen, *parts, template_of(tokenizer)[0])
+    return tokenizer, processor, _spec(settings, seen, *parts, template_in(folder, tokenizer)[0])
 
 
 def load_original(
@@ -88,7 +89,8 @@ def load_original(
 ) -> Assembly:
     """The model of a folder in the original layout; every key must fit.
 
-    The template is the one that goes with the tokenizer (`auto`; `plain` if none does): the layout names none.
+    The template is the one that an export of ours wrote beside it; the layout itself names none, so otherwise it is the
+    one that goes with the tokenizer (`auto`; `plain` if none does).
 
     Args:
         folder: see the head of this file.
@@ -102,6 +104,7 @@ def load_original(
         CheckpointError: missing, unexpected or mis-shaped keys (listed), a hostile file, a part that is not to be
             had, or an option that transformers' Llava classes do not have.
     """
+    require_unchanged(folder)
     try:
         return _load(read_original(folder, llm, vision), dtype, attn_implementation)
     except LlavaTrainError:
@@ -122,7 +125,7 @@ def _load(original: Original, dtype: torch.dtype, attn_implementation: str) -> A
     if "tiles" in parts.modules:
         model.model.image_newline = parts.modules["tiles"].image_newline
     require_weights(model)
-    name, template = template_of(tokenizer)
+    name, template = template_in(original.folder, tokenizer)
     spec = _spec(settings, seen, parts.vision, parts.llm, name)
     return Assembly(model, tokenizer, _processor(settings, seen), spec, template, old_vocabulary)
 
@@ -169,7 +172,7 @@ def _parts(original: Original, dtype: torch.dtype, attn_implementation: str) -> 
     if original.kind != "stage1":
         parts.llm = PartSource(folder, included=True, fingerprint=fingerprint(llm))
     if own_tower:
-        parts.vision = PartSource(folder, included=True, fingerprint=fingerprint(parts.modules["vision"]))
+        parts.vision = PartSource(original.vision, included=True, fingerprint=fingerprint(parts.modules["vision"]))
     return parts
 
 

@@ -7,13 +7,17 @@ into the text: here a template does.
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava_train.data.templates.fit import AUTO, resolve_template
-from llava_train.data.templates.template import OWN
+from llava_train.data.templates.template import OWN, load_template, template_names
 from llava_train.errors import CheckpointError, DataError, RecipeError
 from llava_train.model.llm import IMAGE_TOKEN, add_image_token, load_tokenizer
 from llava_train.model.originals.config import Original
+from llava_train.model.rebuild import TEMPLATE
+from llava_train.model.screening import own_file
 
 _PATCH, _START, _END = "<im_patch>", "<im_start>", "<im_end>"
 _FRAMED = f"{_START}{IMAGE_TOKEN}{_END}"
@@ -49,6 +53,18 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         return resolve_template("plain", tokenizer)
 
 
+def template_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(name, text) of the template that an export of ours wrote into the folder, or what `template_of` gives.
+
+    The name is `tokenizer` where the text is none of our templates.
+    """
+    file = folder / TEMPLATE
+    if not file.is_file():
+        return template_of(tokenizer)
+    text = own_file(folder, TEMPLATE).read_text(encoding="utf-8")
+    return next((name for name in template_names() if load_template(name) == text), OWN), text
+
+
 def require_frame(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """RecipeError for a template that leaves out the tokens around a picture that a model was trained with."""
     if _framed(tokenizer) and _FRAMED not in template:
@@ -64,13 +80,17 @@ def _framed(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _own(original: Original) -> PreTrainedTokenizerBase:
     try:
-        return load_tokenizer(str(original.folder))
-    except CheckpointError as error:
+        # With a configuration of its own: the library would read one of a kind that it does not know.
+        tokenizer = AutoTokenizer.from_pretrained(original.folder, config=PretrainedConfig(), trust_remote_code=False)
+    except Exception as error:  # what is wrong with a folder comes as many types
+        fault = CheckpointError(f"{original.folder}: no tokenizer can be read from here: {error}")
         if (original.folder / "tokenizer.model").exists() and not (original.folder / "tokenizer.json").exists():
-            raise CheckpointError(
-                f"{error}; a tokenizer.model is converted with: pip install sentencepiece protobuf"
-            ) from error
-        raise
+            fault = CheckpointError(f"{fault}; a tokenizer.model is converted with: pip install sentencepiece protobuf")
+        raise fault from error
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise CheckpointError(f"{original.folder}: {kind} is a slow tokenizer; exact labels need a fast one")
+    return tokenizer
 
 
 def _of_llm(original: Original) -> PreTrainedTokenizerBase:
