@@ -47,7 +47,7 @@ def test_the_commands_run_in_their_order(workplace: Path, monkeypatch: pytest.Mo
     for line in ran:
         assert main(shlex.split(line)[1:]) == 0, line
     assert (workplace / "exported" / "export_report.json").is_file()
-    assert len(ran) == 7
+    assert len(ran) == 8
 
 
 def test_the_python_example_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,14 +44,14 @@ def download(url: str, name: str, max_bytes: int, timeout_s: float, private: boo
             outcome.set_exception(error)
 
     Thread(target=work, daemon=True).start()
-    late = f"{name}: took more than {timeout_s:g} seconds; download it and give the file"
+    late = f"{name}: took more than {timeout_s:g} seconds; send the picture itself"
     try:
         return outcome.result(timeout_s)
     except (FutureTimeoutError, TimeoutError) as error:
         raise DataError(late) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = shown(str(error) or type(error).__name__)
-        raise DataError(f"{name}: cannot be fetched ({why}); look at the address, or give the file") from error
+        raise DataError(f"{name}: cannot be fetched ({why}); look at the address, or send the picture itself") from error
     finally:
         fetch.end()
 
@@ -103,7 +103,7 @@ class _Fetch:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
         if not self.private and not all(map(is_public, addresses)):
-            raise DataError(f"{self.name}: {shown(host)} is an address that is not public; download it, give the file")
+            raise DataError(f"{self.name}: {shown(host)} is an address that is not public; send the picture itself")
         failure: OSError = OSError(f"{host} has no address")
         for address in addresses:
             try:

@@ -57,7 +57,8 @@ def read_picture(source: Source, limits: PictureLimits = PictureLimits()) -> Ima
             raise DataError(f"{name}: URLs are not read here; send the picture itself as a data: URL")
         return decode_image(download(text, name, limits.max_bytes, limits.timeout_s, limits.private), name)
     if isinstance(source, str) and (found := _SCHEME.match(text)):
-        raise DataError(f"{name}: {found.group()} is not read; only http, https and data: are, and paths")
+        others = ", and paths" if limits.files else ""
+        raise DataError(f"{name}: {found.group()} is not read; only http, https and data: are{others}")
     if not limits.files:
         raise DataError(f"{name}: files are not read here; send the picture itself as a data: URL")
     return decode_image(_file(text, name, limits), name)

@@ -14,6 +14,7 @@ from typing import Any
 from llava_train.exporters.table import TARGETS
 from llava_train.exporters.target import Request
 from llava_train.model.assemble import Assembly
+from llava_train.model.families.questions import reads_text
 
 _LLAVA = (
     "LlavaForConditionalGeneration",
@@ -34,6 +35,7 @@ class Written:
         tower, llm: `model_type` of the encoder's configuration and of the language model's.
         connector: name in our registry.
         quantize: `int8`, `int4` or None.
+        reads_text: whether the connector reads the question.
         whole_modules: whether an adapter folder brings modules that were trained whole (the connector).
     """
 
@@ -43,6 +45,7 @@ class Written:
     llm: str
     connector: str
     quantize: str | None
+    reads_text: bool = False
     whole_modules: bool = False
 
 
@@ -71,16 +74,28 @@ def written(assembly: Assembly, target: str, request: Request) -> Written:
         str(config.text_config.model_type),
         assembly.spec.connector,
         request.quantize,
+        reads_text(assembly.model),
     )
 
 
 def _vllm(export: Written) -> str | None:
     if export.whole_modules:
         return "vLLM takes no adapters with modules trained whole (modules_to_save): serve a merged --to hf export"
+    if export.target == "remote-code":
+        return _vllm_transformers(export)
     if export.model_class in _LLAVA and export.tower not in _TOWERS:
         return f"vLLM's LLaVA classes have CLIP and SigLIP, not a {export.tower}"
     if export.model_class not in _LLAVA + _QWEN:
         return f"vLLM has no {export.model_class}"
+    return None
+
+
+def _vllm_transformers(export: Written) -> str | None:
+    """vLLM runs a folder's own code through its transformers back end, which gives pictures to the model alone."""
+    if export.model_class != _LLAVA[0]:
+        return f"vLLM's transformers back end was not proved with {export.model_class}"
+    if export.reads_text:
+        return "vLLM's transformers back end does not tell the connector the question"
     return None
 
 
@@ -115,6 +130,7 @@ BACK_ENDS: tuple[BackEnd, ...] = (
         "vLLM",
         {
             "hf": "vllm serve {folder}",
+            "remote-code": "vllm serve {folder} --trust-remote-code --model-impl transformers",
             "adapter": "vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules mine={folder}",
         },
         _vllm,

@@ -76,7 +76,7 @@ def find(
             samples.append(sample)
             if len(samples) == limit:
                 break
-        return HeldOut(str(data), ((media, tuple(samples)),))
+        return HeldOut(Path(data).name, ((media, tuple(samples)),))
     file = Path(model) / "recipe.yaml"
     if not file.is_file():
         return "no held-out records: give --held-out FILE"
@@ -160,12 +160,19 @@ def _loss(assembly: Assembly, held: HeldOut) -> float:
     with tqdm(total=len(pairs), desc="held-out loss", unit=" records", delay=2) as bar:
         for start in range(0, len(pairs), _BATCH):
             chosen = pairs[start : start + _BATCH]
-            pictures = [reader.read(sample.images, media) for sample, media in chosen]
+            pictures = [_pictures(reader, sample, media) for sample, media in chosen]
             rows = [_row(assembly, sample, own) for (sample, _), own in zip(chosen, pictures)]
             losses = _losses(assembly, rows, [picture for own in pictures for picture in own], pad_id)
             total, tokens = total + float(losses.sum()), tokens + len(losses)
             bar.update(len(chosen))
     return total / tokens
+
+
+def _pictures(reader: ImageReader, sample: Sample, media: Media) -> list[Picture]:
+    try:
+        return reader.read(sample.images, media)
+    except RecordError as error:
+        raise error.of(sample.where) from error
 
 
 def _losses(assembly: Assembly, rows: list[_Row], pictures: list[Picture], pad_id: int) -> torch.Tensor:

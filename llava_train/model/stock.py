@@ -23,6 +23,8 @@ from llava_train.model.towers.loading import key_report
 
 REPORT = "export_report.json"
 """What an export of ours says of itself, with the sha256 of its files."""
+OWN_CODE = "llava_train"
+"""`model_type` of the exports that bring their own code."""
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
@@ -58,6 +60,8 @@ def read_stock(folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase,
 
     Raises CheckpointError.
     """
+    if (folder / "config.json").is_file() and read_config(folder, "config.json").get("model_type") == OWN_CODE:
+        raise CheckpointError(f"{folder}: is an export of target remote-code, for others; load the run it was made of")
     screen_configs(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

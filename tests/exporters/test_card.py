@@ -97,6 +97,8 @@ CLIP = Written("hf", "LlavaForConditionalGeneration", "clip_vision_model", "llam
         (replace(CLIP, tower="siglip_vision_model"), {"vLLM"}, {"LMDeploy"}),
         (replace(CLIP, target="llava"), {"SGLang", "the original LLaVA code"}, set()),
         (replace(CLIP, target="llava", connector="linear"), {"the original LLaVA code"}, {"SGLang"}),
+        (replace(CLIP, target="remote-code", connector="qformer"), {"transformers", "vLLM"}, set()),
+        (replace(CLIP, target="remote-code", reads_text=True), {"transformers"}, {"vLLM"}),
         (replace(CLIP, target="adapter"), {"PEFT", "vLLM"}, set()),
         (replace(CLIP, target="adapter", whole_modules=True), {"PEFT"}, {"vLLM"}),
         (replace(CLIP, tower="dinov2"), {"transformers serve"}, {"vLLM", "LMDeploy"}),

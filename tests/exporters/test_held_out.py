@@ -39,12 +39,22 @@ def test_a_file_comes_before_them(finished: Path, parts: Path) -> None:
     held = find(finished, parts / "data" / "data.json", limit=7)
     assert isinstance(held, HeldOut)
     assert [sample.id for sample in held.samples] == [f"r{number}" for number in range(7)]
+    assert held.data == "data.json"  # it goes into the report, which leaves this machine
 
 
 def test_a_damaged_record_of_a_file_is_named(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps([{"id": "r0", "conversations": []}]))
     with pytest.raises(DataError, match=r"bad\.json\[0\]"):
         find(finished, tmp_path / "bad.json")
+
+
+def test_a_picture_that_is_missing_is_told_of_its_record(finished: Path, tmp_path: Path, model: Assembly) -> None:
+    turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}]
+    (tmp_path / "gone.json").write_text(json.dumps([{"id": "r0", "image": "no.png", "conversations": turns}]))
+    held = find(finished, tmp_path / "gone.json")
+    assert isinstance(held, HeldOut)
+    with pytest.raises(DataError, match=r"gone\.json\[0\] \(id r0\): no\.png: no such image"):
+        measure(model, held)
 
 
 def test_why_there_are_none(finished: Path, tmp_path: Path, model: Assembly) -> None:

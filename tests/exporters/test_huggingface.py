@@ -27,6 +27,7 @@ FILES = {
     "tokenizer_config.json",
     "model.safetensors",
     "export_report.json",
+    "README.md",
 }
 
 

@@ -60,7 +60,7 @@ class Whole(Target):
 
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
         """Our importer loads it in a fresh process; another export of that is the same bit for bit."""
-        return prove(reference, folder, TOLERANCE[request.dtype])
+        return {**prove(reference, folder, TOLERANCE[request.dtype]), "notes": _notes(folder, "`llava`")}
 
 
 class Stage1(Target):
@@ -81,7 +81,7 @@ class Stage1(Target):
 
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
         """Our importer loads it, with the parts that it names, in a fresh process."""
-        return prove(reference, folder, TOLERANCE[request.dtype])
+        return {**prove(reference, folder, TOLERANCE[request.dtype]), "notes": _notes(folder)}
 
 
 class Lora(Target):
@@ -124,10 +124,11 @@ class Lora(Target):
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
         """Our importer loads it over its base in a fresh process."""
         try:
-            return prove(reference, folder, TOLERANCE[request.dtype])
+            report = prove(reference, folder, TOLERANCE[request.dtype])
         except ExportError as error:
             base = read_config(folder, ADAPTERS)["base_model_name_or_path"]
             raise ExportError(f"{error} (over {base}, which must be what the adapters were trained on)") from error
+        return {**report, "notes": _notes(folder, "`llava` and `lora`")}
 
 
 def adapted_modules(assembly: Assembly, prefix: str) -> list[str]:
@@ -185,6 +186,17 @@ def _lora_refusal(assembly: Assembly) -> str | None:
     if spec.llm.included and not is_original(Path(str(spec.llm.path))):
         return "its language model was trained in full before, so that no base can be named; use llava, which merges"
     return _untouched_refusal(assembly)
+
+
+def _notes(folder: Path, name: str = "") -> list[str]:
+    """What a report tells people: what the folder's `name` must hold for the original code, and paths to mind."""
+    notes = [f"the original code wants {name} in the folder's name, and the template by --conv-mode"] if name else []
+    tower = Path(read_config(folder, "config.json")["mm_vision_tower"])
+    if tower.is_absolute():
+        notes.append("config.json names parts by whole paths on the machine that wrote it; change them elsewhere")
+    elif (folder / tower).is_dir():
+        notes.append(f"mm_vision_tower is relative ({tower}): start the original code and SGLang inside the folder")
+    return notes
 
 
 def _save_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:

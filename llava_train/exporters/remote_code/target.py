@@ -144,7 +144,8 @@ def answer_begins(assembly: Assembly) -> str:
     """What the chat template writes between a question and its answer; "" if it does not say."""
     question = "<question>"
     text = render(assembly, [message("user", question)])
-    return text.partition(question)[2] if text.count(question) == 1 else ""
+    after = text.partition(question)[2]
+    return after if after.strip() and text.count(question) == 1 else ""  # space alone stands elsewhere, too
 
 
 def _layout(assembly: Assembly) -> _Layout:

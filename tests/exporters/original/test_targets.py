@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_train import export, load_model, load_recipe, train
 from llava_train.data.pictures.processors import build_image_processor
-from llava_train.errors import ExportError
+from llava_train.errors import CheckpointError, ExportError
 from llava_train.exporters.original.layout import KINDS
 from llava_train.exporters.table import TARGETS
 from llava_train.exporters.target import Request
@@ -229,6 +229,9 @@ def test_a_whole_export_is_proved_in_a_fresh_process(finished: Path, tmp_path: P
     tensors = load_file(weights)
     tensors["model.mm_projector.2.bias"] += 1.0
     save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="changed or damaged"):
+        load_model(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "export_report.json").unlink()
     with pytest.raises(ExportError, match="image: logits differ"):
         target.prove(reference, tmp_path / "elsewhere", EXACT)
 

@@ -206,7 +206,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     published = with_spec(assembly, architecture="qwen2_vl", llm=part)
     assert refusal(published) == "a qwen2_vl model is of a class of transformers as it is: take target 'hf'"
     assert "reads the question" in str(refusal(with_spec(assembly, architecture="llava_cross_attention")))
-    silent = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    silent = "{% for m in messages %}{% generation %}{{ m['content'] + '\\n' }}{% endgeneration %}{% endfor %}"
     object.__setattr__(assembly, "template", silent)
     assert "where a question ends" in str(refusal(assembly))
     decoder = type(assembly.model.model.language_model)
@@ -221,6 +221,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_our_own_loader_says_what_such_a_folder_is(tmp_path: Path) -> None:
     folder = write(assembly_of(tmp_path, "llama", ("clip",), "model.connector=avg_pool"), tmp_path / "out")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match="is an export of target remote-code, for others; load the run"):
         load_model(folder)
-    assert "\n" not in str(caught.value)
