@@ -51,7 +51,7 @@ def download(url: str, name: str, max_bytes: int, timeout_s: float, private: boo
         raise DataError(late) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = shown(str(error) or type(error).__name__)
-        raise DataError(f"{name}: cannot be fetched ({why}); look at the address, or send the picture itself") from error
+        raise DataError(f"{name}: cannot be fetched ({why}); check the address, or send the picture itself") from error
     finally:
         fetch.end()
 

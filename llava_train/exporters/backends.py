@@ -57,11 +57,13 @@ class BackEnd:
         name: as it calls itself.
         commands: target -> how it is started; `{folder}` is the export.
         refusal: why it does not take an export of such a target, as a clause.
+        options: what its command needs besides for some models.
     """
 
     name: str
     commands: Mapping[str, str]
     refusal: Callable[[Written], str | None] = field(default=lambda export: None)
+    options: Callable[[Written], str] = field(default=lambda export: "")
 
 
 def written(assembly: Assembly, target: str, request: Request) -> Written:
@@ -83,11 +85,19 @@ def _vllm(export: Written) -> str | None:
         return "vLLM takes no adapters with modules trained whole (modules_to_save): serve a merged --to hf export"
     if export.target == "remote-code":
         return _vllm_transformers(export)
+    if export.connector == "linear":
+        return "vLLM's projector has no layers without an activation between them, which a linear one is written as"
     if export.model_class in _LLAVA and export.tower not in _TOWERS:
         return f"vLLM's LLaVA classes have CLIP and SigLIP, not a {export.tower}"
     if export.model_class not in _LLAVA + _QWEN:
         return f"vLLM has no {export.model_class}"
     return None
+
+
+def _vllm_options(export: Written) -> str:
+    """Our exports of LLaVA-OneVision's class have no part for videos, which vLLM otherwise tries at its start."""
+    onevision = export.target == "hf" and export.model_class == _LLAVA[2]
+    return """ --limit-mm-per-prompt '{"image": 4, "video": 0}'""" if onevision else ""
 
 
 def _vllm_transformers(export: Written) -> str | None:
@@ -104,6 +114,8 @@ def _sglang(export: Written) -> str | None:
         return "SGLang reads the original layout of LLaVA, not transformers': export with --to llava for it"
     if export.target == "llava" and export.connector != "mlp2x_gelu":
         return f"SGLang's projector has two layers with GELU between, and this one is {export.connector!r}"
+    if export.target == "llava" and export.llm != "llama":
+        return "SGLang asks transformers for the configuration, which has no such model_type: see docs/backends.md"
     return None
 
 
@@ -134,6 +146,7 @@ BACK_ENDS: tuple[BackEnd, ...] = (
             "adapter": "vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules mine={folder}",
         },
         _vllm,
+        _vllm_options,
     ),
     BackEnd(
         "SGLang",
@@ -164,8 +177,8 @@ def readers(export: Written, folder: str) -> list[dict[str, Any]]:
     for each in BACK_ENDS:
         if export.target in each.commands:
             why = each.refusal(export)
-            own = {"why": why} if why else {"command": each.commands[export.target].format(folder=folder)}
-            rows.append({"name": each.name, **own})
+            command = each.commands[export.target].format(folder=folder) + each.options(export)
+            rows.append({"name": each.name, **({"why": why} if why else {"command": command})})
     return rows
 
 

@@ -102,6 +102,8 @@ CLIP = Written("hf", "LlavaForConditionalGeneration", "clip_vision_model", "llam
         (replace(CLIP, target="adapter"), {"PEFT", "vLLM"}, set()),
         (replace(CLIP, target="adapter", whole_modules=True), {"PEFT"}, {"vLLM"}),
         (replace(CLIP, tower="dinov2"), {"transformers serve"}, {"vLLM", "LMDeploy"}),
+        (replace(CLIP, connector="linear"), {"transformers"}, {"vLLM"}),
+        (replace(CLIP, target="llava", llm="qwen2"), {"the original LLaVA code"}, {"SGLang"}),
         (replace(CLIP, model_class="MllamaForConditionalGeneration"), {"transformers"}, {"vLLM", "LMDeploy"}),
         (replace(CLIP, quantize="int4"), {"transformers"}, {"LMDeploy"}),
     ],
@@ -110,6 +112,15 @@ def test_who_reads_an_export(export: Written, takes: set[str], refuses: set[str]
     rows = readers(export, "out")
     assert takes <= {row["name"] for row in rows if "command" in row}
     assert refuses <= {row["name"] for row in rows if "why" in row}
+
+
+def test_a_model_without_a_part_for_videos_is_started_so() -> None:
+    (command,) = (
+        row["command"]
+        for row in readers(replace(CLIP, model_class="LlavaOnevisionForConditionalGeneration"), "out")
+        if row["name"] == "vLLM"
+    )
+    assert command == """vllm serve out --limit-mm-per-prompt '{"image": 4, "video": 0}'"""
 
 
 def test_every_target_has_a_reader_and_every_command_its_target() -> None:

@@ -88,7 +88,7 @@ class Gguf(Target):
         tolerance = ROUNDED if request.quantize else TOLERANCE[request.dtype]
         read, found = _read_back(folder, reference)
         report = compare(reference, found, tolerance, read.pop("faults"))
-        return {**report, **_in_llama_cpp(folder, reference, read), **read, **_words(folder, read)}
+        return {**report, **_in_llama_cpp(folder, reference, read), **read, "notes": _notes(folder, read)}
 
 
 def pieces_of(assembly: Assembly, bos: str) -> Pieces | None:
@@ -131,8 +131,8 @@ def _in_llama_cpp(folder: Path, reference: Reference, read: dict[str, Any]) -> d
     return {"asked": llama_cpp.version(modules), "llama_cpp_answers_equal": equal}
 
 
-def _words(folder: Path, read: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report tells people: commands, and where llama.cpp differs from training."""
+def _notes(folder: Path, read: Mapping[str, Any]) -> list[str]:
+    """What the report tells people: where llama.cpp differs from training, and what the files lack."""
     notes = [_PIXELS]
     if read["class_embedding"]:
         notes.append(_CLASS_EMBEDDING)
@@ -140,10 +140,4 @@ def _words(folder: Path, read: Mapping[str, Any]) -> dict[str, Any]:
         notes.append("the template drops what users say, so there is no chat template in the file: use raw prompts")
     if "TEMPLATE" not in (folder / MODELFILE).read_text(encoding="utf-8"):
         notes.append("the template has no equivalent in Ollama's language: the Modelfile has no TEMPLATE")
-    files = f"-m {MODEL} --mmproj {MMPROJ}"
-    commands = {
-        "llama.cpp": f'llama-mtmd-cli {files} --jinja --temp 0 --image picture.png -p "What is in the picture?"',
-        "server": f"llama-server {files} --jinja --port 8080",
-        "ollama": f"ollama create my-model -f {MODELFILE} && ollama run my-model",
-    }
-    return {"commands": commands, "notes": notes}
+    return notes

@@ -21,7 +21,7 @@ from llava_train.model.originals.config import TOWER
 from llava_train.model.towers.shapes import vision_shape
 
 KINDS = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "llama": ("llava", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
     "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
@@ -29,7 +29,8 @@ KINDS = {
     "gemma2": ("llava_gemma2", "LlavaGemma2ForCausalLM"),
     "phi3": ("llava_phi3", "LlavaPhi3ForCausalLM"),
 }
-"""The decoder's `model_type` in transformers -> (`model_type`, class) of the original; the last three are forks'."""
+"""The decoder's `model_type` in transformers -> (`model_type`, class) of the original; the last three are forks'.
+LLaVA-1.5 is published as `llava`, which SGLang finds in transformers; the code says `llava_llama` and reads both."""
 
 _NAMES = {
     "model.language_model.": "model.",

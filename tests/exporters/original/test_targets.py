@@ -49,9 +49,10 @@ LLAMA3 = {
 def published(folder: Path, llm: Path, vision: Path, model_type: str | None = None, **changes: Any) -> Path:
     """A whole folder as the original's training leaves it, in safetensors."""
     tower = changes.pop("tower", False)
+    known = json.loads((llm / "config.json").read_text())["model_type"]
+    model_type = "llava" if model_type is None and known == "llama" else model_type  # LLaVA-1.5's on the hub
     if model_type is not None:
         changes["model_type"] = model_type
-    known = json.loads((llm / "config.json").read_text())["model_type"]
     if known not in ("llama", "mistral", "qwen2"):  # all that `made` has names for; `model_type` then says it
         values = json.loads((llm / "config.json").read_text())
         (llm / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
@@ -188,7 +189,7 @@ def test_names_are_those_of_the_original_code(tmp_path: Path) -> None:
         expected[key] = (rows, expected[key][1])  # trained, so that all rows are kept
     assert found == expected
     values = json.loads((out / "config.json").read_text())
-    assert (values["architectures"], values["model_type"]) == (["LlavaLlamaForCausalLM"], "llava_llama")
+    assert (values["architectures"], values["model_type"]) == (["LlavaLlamaForCausalLM"], "llava")
     assert values["unfreeze_mm_vision_tower"] is True
     assert (out / "tokenizer.model").read_bytes() == b"what the original reads"
     assert values["rope_theta"] == 10000.0
