@@ -81,7 +81,16 @@ class Adapter(Target):
             faults.append(f"its base is a {said['class']}, not a {reference.model_class}")
         report = compare(reference, found, TOLERANCE[request.dtype], faults)
         base = {key: options[key] for key in ("base_model_name_or_path", "revision", "modules_to_save")}
-        return {**report, **base, "loaded_with": f"{said['versions']}: {said['class']} in a fresh process"}
+        loaded = f"{said['versions']}: {said['class']} in a fresh process"
+        return {**report, **base, "loaded_with": loaded, "notes": [_base_note(options)]}
+
+
+def _base_note(options: dict[str, Any]) -> str:
+    """What the card says of the base, without a path of this machine."""
+    base, revision = str(options["base_model_name_or_path"]), options["revision"]
+    if not Path(base).is_absolute():
+        return f"the base is {base}" + (f", commit {revision}" if revision else "")
+    return f"the base is {Path(base).name}, named in adapter_config.json by its whole path: change that elsewhere"
 
 
 def hub_source(path: str) -> tuple[str, str | None]:

@@ -218,6 +218,7 @@ def test_a_whole_export_is_proved_in_a_fresh_process(finished: Path, tmp_path: P
     report = json.loads((out / "export_report.json").read_text())
     assert report["max_logit_difference"] == {"image": 0.0, "text": 0.0}
     assert report["same_after_import"] == len(load_file(out / "model.safetensors"))
+    assert any("relative (clip-vision-tower)" in note for note in report["notes"])
     assert {path.name for path in (out / "clip-vision-tower").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -284,6 +285,7 @@ def test_stage_1_over_its_parts(workplace: Path) -> None:
     report = json.loads((out / "export_report.json").read_text())
     assert report["max_logit_difference"] == {"image": 0.0, "text": 0.0}
     assert report["logit_columns"] == json.loads((out / "config.json").read_text())["vocab_size"]
+    assert any("whole paths" in note for note in report["notes"])
     trained = torch.load(out / "mm_projector.bin", weights_only=True)
     assert {key: tuple(each.shape) for key, each in trained.items()} == {
         key: tuple(each.shape) for key, each in made.projector([32, 32, 32]).items()
