@@ -78,7 +78,8 @@ def render(assembly: Assembly, messages: Sequence[Message]) -> str:
 
 
 def prompt_ids(assembly: Assembly, prompt: Prompt) -> list[int]:
-    """Ids of the prompt with every picture expanded. Raises DataError where pictures and places differ."""
+    """Ids of the prompt with every picture expanded. Raises DataError where pictures and places differ, or if it is
+    empty."""
     text = render(assembly, prompt.messages)
     token = family_of(assembly.model).image_token
     pieces = text.split(token)
@@ -88,6 +89,8 @@ def prompt_ids(assembly: Assembly, prompt: Prompt) -> list[int]:
     expanded = "".join(piece + place for piece, place in zip(pieces, [*places, ""]))
     # The template writes whatever begins a prompt, as it does in training.
     ids: list[int] = assembly.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError("the prompt is empty: this model's template says nothing without a picture; show one")
     return ids
 
 

@@ -26,7 +26,7 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportFacts:
     """What a back end asks of an export.
 
     Attributes:
@@ -62,14 +62,14 @@ class BackEnd:
 
     name: str
     commands: Mapping[str, str]
-    refusal: Callable[[Written], str | None] = field(default=lambda export: None)
-    options: Callable[[Written], str] = field(default=lambda export: "")
+    refusal: Callable[[ExportFacts], str | None] = field(default=lambda export: None)
+    options: Callable[[ExportFacts], str] = field(default=lambda export: "")
 
 
-def written(assembly: Assembly, target: str, request: Request) -> Written:
+def facts_of(assembly: Assembly, target: str, request: Request) -> ExportFacts:
     """The facts about a model that is written by a target."""
     config = assembly.model.config
-    return Written(
+    return ExportFacts(
         target,
         type(assembly.model).__name__,
         str(config.vision_config.model_type),
@@ -80,7 +80,7 @@ def written(assembly: Assembly, target: str, request: Request) -> Written:
     )
 
 
-def _vllm(export: Written) -> str | None:
+def _vllm(export: ExportFacts) -> str | None:
     if export.whole_modules:
         return "vLLM takes no adapters with modules trained whole (modules_to_save): serve a merged --to hf export"
     if export.target == "remote-code":
@@ -94,13 +94,13 @@ def _vllm(export: Written) -> str | None:
     return None
 
 
-def _vllm_options(export: Written) -> str:
+def _vllm_options(export: ExportFacts) -> str:
     """Our exports of LLaVA-OneVision's class have no part for videos, which vLLM otherwise tries at its start."""
     onevision = export.target == "hf" and export.model_class == _LLAVA[2]
     return """ --limit-mm-per-prompt '{"image": 4, "video": 0}'""" if onevision else ""
 
 
-def _vllm_transformers(export: Written) -> str | None:
+def _vllm_transformers(export: ExportFacts) -> str | None:
     """vLLM runs a folder's own code through its transformers back end, which gives pictures to the model alone."""
     if export.model_class != _LLAVA[0]:
         return f"vLLM's transformers back end was not proved with {export.model_class}"
@@ -109,9 +109,10 @@ def _vllm_transformers(export: Written) -> str | None:
     return None
 
 
-def _sglang(export: Written) -> str | None:
+def _sglang(export: ExportFacts) -> str | None:
     if export.target == "hf" and export.model_class in _LLAVA:
-        return "SGLang reads the original layout of LLaVA, not transformers': export with --to llava for it"
+        advice = "" if export.quantize else ": export with --to llava for it"
+        return f"SGLang reads the original layout of LLaVA, not transformers'{advice}"
     if export.target == "llava" and export.connector != "mlp2x_gelu":
         return f"SGLang's projector has two layers with GELU between, and this one is {export.connector!r}"
     if export.target == "llava" and export.llm != "llama":
@@ -119,7 +120,7 @@ def _sglang(export: Written) -> str | None:
     return None
 
 
-def _lmdeploy(export: Written) -> str | None:
+def _lmdeploy(export: ExportFacts) -> str | None:
     if export.quantize:
         return "LMDeploy has its own quantised weights (lmdeploy lite)"
     if export.model_class in _LLAVA and export.tower != "clip_vision_model":
@@ -157,12 +158,12 @@ BACK_ENDS: tuple[BackEnd, ...] = (
         _sglang,
     ),
     BackEnd("LMDeploy", {"hf": "lmdeploy serve api_server {folder} --backend pytorch"}, _lmdeploy),
-    BackEnd("llama.cpp", {"gguf": "llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf"}),
+    BackEnd("llama.cpp", {"gguf": "llama-server -m {folder}/model.gguf --mmproj {folder}/mmproj.gguf --jinja"}),
     BackEnd("Ollama", {"gguf": "ollama create NAME -f {folder}/Modelfile && ollama run NAME"}),
     BackEnd(
         "the original LLaVA code",
         {
-            "llava": "python -m llava.serve.cli --model-path {folder} --image-file PICTURE",
+            "llava": 'cd {folder} && python -m llava.serve.cli --model-path "$PWD" --image-file PICTURE',
             "llava-stage1": "python llava/train/train_mem.py --pretrain_mm_mlp_adapter {folder}/mm_projector.bin",
             "llava-lora": "python -m llava.serve.cli --model-path {folder} --model-base BASE --image-file PICTURE",
         },
@@ -171,13 +172,13 @@ BACK_ENDS: tuple[BackEnd, ...] = (
 )
 
 
-def readers(export: Written, folder: str) -> list[dict[str, Any]]:
+def readers(export: ExportFacts, folder: str) -> list[dict[str, Any]]:
     """A row for each back end that reads the target: `name`, and `command`, or `why` it does not take this model."""
     rows: list[dict[str, Any]] = []
     for each in BACK_ENDS:
         if export.target in each.commands:
             why = each.refusal(export)
-            command = each.commands[export.target].format(folder=folder) + each.options(export)
+            command = each.commands[export.target].format(folder=quote(folder)) + each.options(export)
             rows.append({"name": each.name, **({"why": why} if why else {"command": command})})
     return rows
 
@@ -185,7 +186,7 @@ def readers(export: Written, folder: str) -> list[dict[str, Any]]:
 def vllm_command(assembly: Assembly, model: str) -> str:
     """How a loaded model is served by vLLM: the command, with an export before it where `model` is not as transformers
     wrote it; or why it cannot be."""
-    why = TARGETS["hf"].refusal(assembly) or _vllm(written(assembly, "hf", Request(assembly.model.dtype)))
+    why = TARGETS["hf"].refusal(assembly) or _vllm(facts_of(assembly, "hf", Request(assembly.model.dtype)))
     if why:
         return f"vLLM cannot serve this model ({why}); docs/backends.md says what can"
     if assembly.spec.llm.kind == "llava" and not assembly.spec.history:

@@ -176,17 +176,27 @@ _SETTINGS = (
     ("language model", "tune.llm.mode"),
     ("seed", "seed"),
 )
+_LORA = (("LoRA rank", "tune.lora.r"), ("LoRA alpha", "tune.lora.alpha"))
 
 
 def _recipe(runs: list[Run]) -> str:
     if not runs:
         return "Not known."
     head = ["| | " + " | ".join(run.name for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    rows = [(title, [_at(run.recipe, key) for run in runs]) for title, key in _SETTINGS]
+    settings = (*_SETTINGS, *(_LORA if any(_has_lora(run) for run in runs) else ()))
+    rows = [(title, [_setting(run, key) for run in runs]) for title, key in settings]
     rows = [(title, values) for title, values in rows if any(value is not None for value in values)]
     return "\n".join(
         head + ["| " + " | ".join([title, *(_shown(value) for value in values)]) + " |" for title, values in rows]
     )
+
+
+def _has_lora(run: Run) -> bool:
+    return any(_at(run.recipe, f"tune.{part}.mode") == "lora" for part in ("vision", "connector", "llm"))
+
+
+def _setting(run: Run, key: str) -> Any:
+    return None if key.startswith("tune.lora") and not _has_lora(run) else _at(run.recipe, key)
 
 
 def _at(recipe: dict[str, Any], key: str) -> Any:
@@ -202,20 +212,24 @@ def _shown(value: Any) -> str:
 
 def _figures(runs: list[Run], report: dict[str, Any]) -> str:
     lines = [
-        f"* {run.name}: {run.steps} steps, loss {_shown(run.loss)}"
+        f"* {run.name}: {run.steps} steps, loss {run.loss:.4g}"
         + (f", held out {run.held_out_loss:.4g}" if run.held_out_loss is not None else "")
         for run in runs
-        if run.steps is not None
+        if run.steps is not None and run.loss is not None
     ]
     worst = max(report["max_logit_difference"].values(), default=None)
     if worst is not None:
-        lines.append(f"* Export against the trained model: logits differ by at most {worst:.1e} of the largest one.")
+        of = "the trained model, rounded alike" if report["quantize"] else "the trained model"
+        lines.append(f"* Export against {of}: logits differ by at most {worst:.1e} of the largest one.")
+    if report["quantize"]:
+        moved = max(report["rounding"]["max_logit_difference"].values())
+        lines.append(f"* Rounding to {report['quantize']} moved them by up to {moved:.1e} of the largest one.")
     held_out = report.get("held_out")
     if held_out:
         measured = {held_out["metric"]: held_out, "loss": held_out["loss"]}
         lines += [
-            f"* {metric} on {held_out['records']} held-out records: {values['before']:.4g} before, "
-            f"{values['after']:.4g} after {report['quantize']}."
+            f"* {metric} on {held_out['records']} held-out records ({held_out['data']}): {values['before']:.4g} "
+            f"before, {values['after']:.4g} after {report['quantize']}."
             for metric, values in measured.items()
         ]
     return "\n".join(lines) or "None were kept."

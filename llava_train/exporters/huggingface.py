@@ -9,6 +9,7 @@ several back ends refuse.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from llava_train.exporters.quantize import EXTRA, packed
 from llava_train.exporters.quantize import TOLERANCE as ROUNDED
-from llava_train.exporters.quantize import packed
 from llava_train.exporters.reading import write_reading
 from llava_train.exporters.target import Request, Target
 from llava_train.exporters.verify import TOLERANCE, Reference, verify
@@ -39,6 +40,12 @@ class HuggingFace(Target):
 
     summary = "transformers' own class (Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Mllama); what most back ends read"
     quantizes = ("int8", "int4")
+
+    def missing(self, request: Request) -> str | None:
+        """What packs quantised weights."""
+        if request.quantize is None or find_spec("compressed_tensors") is not None:
+            return None
+        return f"quantised weights need compressed-tensors, which is not installed: {EXTRA}"
 
     def refusal(self, assembly: Assembly) -> str | None:
         """Another class than transformers', or a part that its class has no place for."""
@@ -135,6 +142,8 @@ def _complete_config(folder: Path) -> None:
     """Say `rope_theta` in the old place too: readers before transformers 5 know no other and assume 10,000."""
     path = folder / "config.json"
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("text_config", "vision_config"):
+        values[part].pop("_name_or_path", None)  # a path of this machine
     rope = values["text_config"].get("rope_parameters") or {}
     if "rope_theta" in rope:
         values["text_config"]["rope_theta"] = rope["rope_theta"]

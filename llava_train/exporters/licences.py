@@ -54,7 +54,7 @@ def part_licence(path: str) -> str:
         found = re.search(
             r"^license(?:_name)?:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.M
         )
-        if found:
+        if found and found[1] != "other":
             return found[1]
     return next((licence for pattern, licence in PARTS if re.match(pattern, path)), UNKNOWN)
 

@@ -8,7 +8,6 @@ from llava_train.exporters.huggingface import HuggingFace
 from llava_train.exporters.original.targets import Lora, Stage1, Whole
 from llava_train.exporters.remote_code.target import RemoteCode
 from llava_train.exporters.target import Target
-from llava_train.model.assemble import Assembly
 from llava_train.registry import Registry
 
 TARGETS: Registry[Target] = Registry("export target")
@@ -23,8 +22,3 @@ _ROWS: dict[str, type[Target]] = {
 }
 for _name, _target in _ROWS.items():
     TARGETS.register(_name)(_target())
-
-
-def fitting(assembly: Assembly) -> list[str]:
-    """Names of the targets that can carry a model."""
-    return [name for name in TARGETS if TARGETS[name].refusal(assembly) is None]

@@ -36,6 +36,10 @@ class Target(ABC):
     merges: bool = True
     quantizes: tuple[str, ...] = ()
 
+    def missing(self, request: Request) -> str | None:
+        """Which package is not installed that `write` needs, and how it is; None if nothing is missing."""
+        return None
+
     @abstractmethod
     def refusal(self, assembly: Assembly) -> str | None:
         """Why this layout cannot carry the model, as a clause; None if it can."""

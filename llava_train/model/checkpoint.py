@@ -130,6 +130,10 @@ def model_folder(path: str | Path) -> Path:
         return folder
     if (folder / "recipe.yaml").is_file():
         raise CheckpointError(f"{path}: this run has no final/ yet; let it finish (llava-train train resumes it)")
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{path}: holds GGUF files, which are for llama.cpp and Ollama; name what they were made of"
+        )
     raise CheckpointError(f"{path}: is no model: it has neither {MANIFEST} nor config.json")
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from llava_train.arguments import EXPORT_TARGETS
-from llava_train.exporters.backends import BACK_ENDS, Written, readers
+from llava_train.exporters.backends import BACK_ENDS, ExportFacts, readers
 from llava_train.exporters.card import card, runs_of, shown_source
 from llava_train.exporters.licences import DATA, PARTS, UNKNOWN, data_licence, part_licence
 from llava_train.exporters.table import TARGETS
@@ -34,9 +34,10 @@ def test_a_card_says_how_to_chat_what_it_was_trained_on_and_whose_it_is(finished
     ):
         assert line in text
     (run,) = runs_of(finished)
-    assert f"{run.name}: {run.steps} steps, loss {run.loss:g}" in text
+    assert f"{run.name}: {run.steps} steps, loss {run.loss:.4g}" in text
     assert f"| learning rate | {run.recipe['optimization']['learning_rate']:g} |" in text
     assert "| language model | lora |" in text
+    assert f"| LoRA rank | {run.recipe['tune']['lora']['r']} |" in text
     assert str(finished.parent) not in text
 
 
@@ -53,10 +54,14 @@ def test_published_parts_are_named_with_their_licences(finished: Path) -> None:
 
 def test_what_was_measured_of_a_quantised_model_stands_in_the_card(finished: Path) -> None:
     held_out = {"records": 500, "metric": "exact_match", "before": 0.9912, "after": 0.9875}
-    report = {**REPORT, "quantize": "int4", "held_out": {**held_out, "loss": {"before": 0.05, "after": 0.0612}}}
+    held_out["data"] = "questions.json"
+    report = {**REPORT, "quantize": "int4", "rounding": {"max_logit_difference": {"image": 0.087, "text": 0.294}}}
+    report |= {"held_out": {**held_out, "loss": {"before": 0.05, "after": 0.0612}}}
     text = card("mine", finished, read_spec(model_folder(finished)), report)
-    assert "exact_match on 500 held-out records: 0.9912 before, 0.9875 after int4." in text
-    assert "loss on 500 held-out records: 0.05 before, 0.0612 after int4." in text
+    assert "exact_match on 500 held-out records (questions.json): 0.9912 before, 0.9875 after int4." in text
+    assert "loss on 500 held-out records (questions.json): 0.05 before, 0.0612 after int4." in text
+    assert "the trained model, rounded alike: logits differ by at most 1.0e-03" in text
+    assert "Rounding to int4 moved them by up to 2.9e-01" in text
     assert "linear layers of the language model in int4" in text
 
 
@@ -82,12 +87,14 @@ def test_licences(tmp_path: Path) -> None:
     assert part_licence(str(tmp_path)) == UNKNOWN
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     assert part_licence(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: other\n---\n", encoding="utf-8")
+    assert part_licence(str(tmp_path)) == UNKNOWN  # as our own cards say until somebody knows
     assert data_licence("llava_v1_5_mix665k.json").startswith("CC-BY-4.0")
     assert data_licence("mine.json") == UNKNOWN
     assert len({pattern for pattern, _ in PARTS + DATA}) == len(PARTS + DATA)
 
 
-CLIP = Written("hf", "LlavaForConditionalGeneration", "clip_vision_model", "llama", "mlp2x_gelu", None)
+CLIP = ExportFacts("hf", "LlavaForConditionalGeneration", "clip_vision_model", "llama", "mlp2x_gelu", None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ CLIP = Written("hf", "LlavaForConditionalGeneration", "clip_vision_model", "llam
         (replace(CLIP, quantize="int4"), {"transformers"}, {"LMDeploy"}),
     ],
 )
-def test_who_reads_an_export(export: Written, takes: set[str], refuses: set[str]) -> None:
+def test_who_reads_an_export(export: ExportFacts, takes: set[str], refuses: set[str]) -> None:
     rows = readers(export, "out")
     assert takes <= {row["name"] for row in rows if "command" in row}
     assert refuses <= {row["name"] for row in rows if "why" in row}

@@ -10,7 +10,7 @@ import pytest
 
 from llava_train import load_model
 from llava_train.cli import main
-from llava_train.errors import CheckpointError, ExportError
+from llava_train.errors import CheckpointError, ExportError, StorageError
 from llava_train.exporters.huggingface import HuggingFace
 from llava_train.exporters.run import export
 from llava_train.files import sha256_file
@@ -29,6 +29,11 @@ def test_a_folder_says_what_it_is(exported: Path) -> None:
     }
     assert {row["name"] for row in report["back_ends"]} >= {"transformers", "vLLM", "SGLang", "LMDeploy"}
     assert "# hf" in (exported / "README.md").read_text()
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1  # weights, too, are for others to read
+    here = [
+        path.name for path in exported.iterdir() if path.suffix != ".safetensors" and "/pytest-" in path.read_text()
+    ]
+    assert not here
 
 
 def test_the_command_says_who_reads_it(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +44,26 @@ def test_the_command_says_who_reads_it(finished: Path, tmp_path: Path, capsys: p
     assert "not SGLang: " in said.err
     assert main(["export", str(finished), str(tmp_path / "out")]) == 2
     assert "exists; choose another folder, or --overwrite" in capsys.readouterr().err
+
+
+def test_only_an_export_is_overwritten_and_never_what_is_exported(
+    exported: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    with pytest.raises(ExportError, match="holds what is exported"):
+        export(tmp_path / "out", tmp_path / "out", overwrite=True)
+    for folder in (finished, finished.parent, tmp_path):
+        with pytest.raises(ExportError, match="is no export, and --overwrite replaces exports alone"):
+            export(finished, folder, overwrite=True)
+    export(finished, tmp_path / "out", overwrite=True)
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_targets_that_fit_are_those_of_the_merged_model_and_those_that_keep_adapters(
+    finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"targets that can: hf, gguf, remote-code, llava, llava-lora$"):
+        export(finished, tmp_path / "out", to="adapter")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +77,8 @@ def test_the_command_says_who_reads_it(finished: Path, tmp_path: Path, capsys: p
         (["{run}", "{tmp}/out", "--to", "llava", "--quantize", "int4"], "targets that can: hf, gguf"),
         (["{run}", "{run}/recipe.yaml/out"], "is a file, not a folder"),
         (["{run}", "{tmp}/out", "--quantize", "int4", "--held-out", "{tmp}/none.json"], "none.json"),
+        (["{run}", "{tmp}/out", "--image-root", "{tmp}"], "are for --quantize"),
+        (["{run}", "{tmp}/out", "--quantize", "int4", "--image-root", "{tmp}"], "is for --held-out"),
     ],
 )
 def test_a_wrong_request_is_one_line(
@@ -68,18 +95,45 @@ def test_a_wrong_request_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("failure", [ExportError("no"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (ExportError("no"), ExportError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(28, "No space left on device"), StorageError),
+    ],
+)
 def test_what_stops_in_the_middle_leaves_nothing(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    kind: type[BaseException],
 ) -> None:
     def fail(*_: Any) -> None:
         assert list(tmp_path.glob(".hf.*.tmp/model.safetensors"))  # it was half done
         raise failure
 
     monkeypatch.setattr(HuggingFace, "prove", fail)
-    with pytest.raises(type(failure)):
+    with pytest.raises(kind):
         export(finished, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("to", "quantize", "extra"), [("gguf", None, "gguf"), ("hf", "int4", "quantize")])
+def test_a_package_that_is_missing_is_told_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, quantize: str | None, extra: str
+) -> None:
+    for module in ("llava_train.exporters.gguf.target", "llava_train.exporters.huggingface"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=rf"not installed: pip install 'llava-train\[{extra}\]'"):
+        export(tmp_path / "nothing", tmp_path / "out", to=to, quantize=quantize)
+
+
+def test_a_gguf_folder_is_for_others(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="holds GGUF files, which are for llama.cpp"):
+        load_model(tmp_path)
 
 
 def test_what_a_killed_export_left_goes_with_the_next(

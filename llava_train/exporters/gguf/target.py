@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +48,12 @@ class Gguf(Target):
 
     summary = "GGUF files for llama.cpp and Ollama: one-picture LLaVA on CLIP or SigLIP, linear or two-layer connector"
     quantizes = ("int8", "int4")
+
+    def missing(self, request: Request) -> str | None:
+        """What writes the files."""
+        if find_spec("gguf") is not None:
+            return None
+        return "GGUF files are written with the gguf package, which is not installed: pip install 'llava-train[gguf]'"
 
     def refusal(self, assembly: Assembly) -> str | None:
         """What llama.cpp has no graph, or no proven one, for."""
