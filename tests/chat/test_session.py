@@ -263,3 +263,10 @@ def test_what_is_saved_can_be_read_by_others(assembly, red: Path, tmp_path: Path
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert [turn["role"] for turn in saved["turns"]] == ["user", "assistant"]
     assert saved["turns"][0]["images"][0]["path"] == str(red)
+
+
+def test_a_template_that_says_nothing_without_a_picture_asks_for_one(assembly) -> None:
+    captions = Conversation(replace(assembly, template="{{ '' }}"), max_new_tokens=2)
+    with pytest.raises(DataError, match="says nothing without a picture; show one"):
+        "".join(captions.ask("What is it?"))
+    assert kept(captions) == ([], [])

@@ -132,7 +132,7 @@ def test_a_package_that_is_missing_is_told_before_a_model_is_loaded(
 
 def test_a_gguf_folder_is_for_others(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="holds GGUF files, which are for llama.cpp"):
+    with pytest.raises(CheckpointError, match=r"holds GGUF files, which are for llama\.cpp"):
         load_model(tmp_path)
 
 
