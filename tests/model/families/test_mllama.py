@@ -191,7 +191,7 @@ def test_adapters_train_and_the_model_is_one_of_transformers_again(tmp_path: Pat
         trained, fresh = (each.model(**batch_inputs(assembly, prompt)).logits for each in (assembly, before))
     assert float((trained - fresh).abs().max()) > 1e-3
     report = json.loads((export(run, tmp_path / "hf", dtype="float32") / "export_report.json").read_text())
-    assert report["verified"] and report["loaded_with"].startswith("transformers.MllamaForConditionalGeneration")
+    assert report["verified"] and " MllamaForConditionalGeneration " in report["loaded_with"]
     again = load_model(tmp_path / "hf")
     with torch.inference_mode():
         torch.testing.assert_close(again.model(**batch_inputs(assembly, prompt)).logits, trained, atol=1e-4, rtol=1e-4)

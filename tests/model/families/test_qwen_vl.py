@@ -228,7 +228,7 @@ def test_lora_is_trained_reloaded_asked_and_exported(place: Path, name: str, tmp
     assert torch.allclose(together, torch.stack(each), atol=1e-5)
     assert "".join(stream(assembly, prompts[0], 5)).strip() == alone[0]
     report = json.loads((export(folder, tmp_path / "hf", dtype="float32") / "export_report.json").read_text())
-    assert report["loaded_with"].startswith(f"transformers.{CLASSES[name].__name__} ")
+    assert f" {CLASSES[name].__name__} " in report["loaded_with"]
     differences = report["max_logit_difference"]
     assert differences.keys() == {"image", "text"} and max(differences.values()) < 1e-5
     exported = load_model(tmp_path / "hf")
