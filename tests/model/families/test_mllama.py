@@ -200,8 +200,9 @@ def test_adapters_train_and_the_model_is_one_of_transformers_again(tmp_path: Pat
         for place in shown:
             chat.show(tmp_path / f"2-{place}.png")
         last = "".join(chat.ask(question)).strip()
-    asked = Prompt(tuple(chat.messages[:-1]), prompt[0].pictures)
-    assert answer(assembly, [asked], 4) == [last] and len(chat.messages) == 6
+    views = chat.turns.pop().views
+    asked = chat.prompt("And this?", [view.image for view in views])
+    assert answer(assembly, [asked], 4) == [last] and len(chat.turns) == 2
 
 
 def test_what_trains_in_full_needs_its_source_no_more(tmp_path: Path, folder: Path) -> None:
