@@ -55,7 +55,7 @@ def evaluate(
     """
     assembly = model if isinstance(model, Assembly) else load_model(model)
     media = Media(Path(image_root) if image_root is not None else Path(data).parent)
-    samples = _samples(str(data), media, limit)
+    samples = samples_of(str(data), media, limit)
     images = [sample.images for sample in samples]
     if shuffle_images:
         images = _shuffled(images)
@@ -84,7 +84,8 @@ def evaluate(
     return Evaluation(figures, rows)
 
 
-def _samples(path: str, media: Media, limit: int | None) -> list[Sample]:
+def samples_of(path: str, media: Media, limit: int | None) -> list[Sample]:
+    """The first records of a file, all of them without a limit. Raises DataError for one that cannot be used."""
     samples: list[Sample] = []
     for sample in read_samples(path, media):
         if isinstance(sample, RecordError):

@@ -24,10 +24,9 @@ from llava_train.exporters.verify import QUESTION, TOLERANCE, Reference, answers
 from llava_train.model.assemble import Assembly
 from llava_train.model.originals.weights import weight_files
 from llava_train.model.screening import own_file, read_config
-from llava_train.model.tuning import part_of
+from llava_train.model.tuning import PEFT_PREFIX, part_of
 
 PROBE = Path(__file__).parent / "adapter_probe.py"
-_PEFT = "base_model.model."
 _CONNECTORS = ("model.multi_modal_projector", "model.visual.merger", "model.visual.deepstack_merger_list")
 """Modules that PEFT can save as they are."""
 
@@ -63,7 +62,7 @@ class Adapter(Target):
         config.save_pretrained(str(folder))
         kept = _whole(changed)
         saved = {n: w for n, w in assembly.model.state_dict().items() if ".lora_" in n or n.startswith(kept)}
-        tensors = {f"{_PEFT}{n.replace('.default', '')}": w.detach().cpu().contiguous() for n, w in saved.items()}
+        tensors = {f"{PEFT_PREFIX}{n.replace('.default', '')}": w.detach().cpu().contiguous() for n, w in saved.items()}
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
         write_reading(assembly, folder)
 

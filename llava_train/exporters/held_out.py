@@ -26,7 +26,7 @@ from llava_train.data.sample import Sample
 from llava_train.data.templates.template import portable
 from llava_train.errors import LlavaTrainError, RecordError
 from llava_train.evaluation.metrics import exact_match
-from llava_train.evaluation.run import answers_to, messages_of
+from llava_train.evaluation.run import answers_to, messages_of, samples_of
 from llava_train.exporters.quantize import to_precision
 from llava_train.inference import Message, render, shape_of, stop_ids
 from llava_train.model.assemble import Assembly
@@ -69,14 +69,7 @@ def find(
     """
     if data is not None:
         media = Media(Path(image_root) if image_root is not None else Path(data).parent)
-        samples = []
-        for sample in read_samples(str(data), media):
-            if isinstance(sample, RecordError):
-                raise sample
-            samples.append(sample)
-            if len(samples) == limit:
-                break
-        return HeldOut(Path(data).name, ((media, tuple(samples)),))
+        return HeldOut(Path(data).name, ((media, tuple(samples_of(str(data), media, limit))),))
     file = Path(model) / "recipe.yaml"
     if not file.is_file():
         return "no held-out records: give --held-out FILE"

@@ -18,6 +18,8 @@ from llava_train.model.towers.features import image_features
 from llava_train.recipe import OptimizationSettings, TuneSettings
 
 PARTS = ("vision", "connector", "llm")
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of weights in an adapter's file"""
 _PREFIXES = {
     "model.vision_tower.": "vision",
     "model.visual.": "vision",

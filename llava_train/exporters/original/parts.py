@@ -86,7 +86,7 @@ def _sentencepiece(assembly: Assembly) -> str | Path | None:
     return file if file.is_file() else None
 
 
-def write_template(assembly: Assembly, folder: Path) -> None:
+def write_training_template(assembly: Assembly, folder: Path) -> None:
     """The template, which the layout has no place for: our import takes it from here, the original passes it over."""
     (folder / TEMPLATE).write_text(assembly.template, encoding="utf-8")
 

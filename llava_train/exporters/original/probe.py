@@ -21,8 +21,7 @@ from llava_train.model.assemble import Assembly
 from llava_train.model.checkpoint import load_model
 from llava_train.model.originals.config import ADAPTERS, NON_LORA, PROJECTOR, TOWER
 from llava_train.model.originals.weights import stored, weight_files
-
-_PEFT = "base_model.model."
+from llava_train.model.tuning import PEFT_PREFIX
 
 
 def main(folder: Path, out: Path) -> None:
@@ -56,10 +55,10 @@ def _compare(assembly: Assembly, folder: Path, whole: bool) -> tuple[int, list[s
     source = stored(folder, weight_files(folder) if whole else partial)
     tower = any(TOWER in key for key in source.files)
     again = model_tensors(assembly, tower) if whole else connector_tensors(assembly)
-    differing = sorted(again.keys() ^ {key.removeprefix(_PEFT) for key in source.files})
+    differing = sorted(again.keys() ^ {key.removeprefix(PEFT_PREFIX) for key in source.files})
     for file in set(source.files.values()):
         for key, tensor in source.tensors(file).items():
-            other = again.get(key.removeprefix(_PEFT))
+            other = again.get(key.removeprefix(PEFT_PREFIX))
             if other is not None and not torch.equal(other.to(tensor.dtype), tensor):
                 differing.append(key)
     return len(source.files), differing

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llava_train.errors import ExportError
 from llava_train.exporters.original import layout
 from llava_train.exporters.original.config import named_source, original_config
-from llava_train.exporters.original.parts import write_generation, write_template, write_tokenizer, write_tower
+from llava_train.exporters.original.parts import write_generation, write_tokenizer, write_tower, write_training_template
 from llava_train.exporters.original.proof import prove
 from llava_train.exporters.target import Request, Target
 from llava_train.exporters.verify import TOLERANCE, Reference
@@ -24,10 +24,9 @@ from llava_train.files import write_json
 from llava_train.model.assemble import Assembly
 from llava_train.model.originals.config import ADAPTERS, NON_LORA, PROJECTOR, is_original
 from llava_train.model.screening import read_config
-from llava_train.model.tuning import linear_layers, part_of
+from llava_train.model.tuning import PEFT_PREFIX, linear_layers, part_of
 
 _SHARD = "5GB"
-_PEFT = "base_model.model."
 _DECODER = "model.language_model."
 
 
@@ -51,7 +50,7 @@ class Whole(Target):
         tensors = layout.model_tensors(assembly, trained)
         tower = _on_hub(assembly) or write_tower(assembly, folder)
         tokens = write_tokenizer(assembly, folder)
-        write_template(assembly, folder)
+        write_training_template(assembly, folder)
         write_generation(assembly, folder, tokens)
         rows = len(tensors["model.embed_tokens.weight"])
         changes = {"unfreeze_mm_vision_tower": trained}
@@ -76,7 +75,7 @@ class Stage1(Target):
         """`mm_projector.bin`, and config.json that names the language model and the encoder."""
         config = _partial_config(assembly, request, tune_mm_mlp_adapter=True)
         write_json(folder / "config.json", config)
-        write_template(assembly, folder)
+        write_training_template(assembly, folder)
         _save_bin(layout.connector_tensors(assembly), folder / PROJECTOR)
 
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
@@ -114,11 +113,11 @@ class Lora(Target):
             "target_modules": adapted_modules(assembly, _DECODER),
         }
         write_json(folder / ADAPTERS, options)
-        write_template(assembly, folder)
+        write_training_template(assembly, folder)
         named = {n: w for n, w in assembly.model.state_dict().items() if ".lora_" in n}
-        adapters = {f"{_PEFT}{layout.original_key(n.replace('.default', ''))}": w for n, w in named.items()}
+        adapters = {f"{PEFT_PREFIX}{layout.original_key(n.replace('.default', ''))}": w for n, w in named.items()}
         save_file(_own(adapters), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-        others = {f"{_PEFT}{key}": weight for key, weight in layout.connector_tensors(assembly).items()}
+        others = {f"{PEFT_PREFIX}{key}": weight for key, weight in layout.connector_tensors(assembly).items()}
         _save_bin(others, folder / NON_LORA)
 
     def prove(self, reference: Reference, folder: Path, request: Request) -> dict[str, Any]:
