@@ -293,7 +293,14 @@ def test_a_client_that_goes_frees_its_row(ours, serving, stream: bool, capsys) -
     hook.remove()
     assert len(steps) < 100
     assert ask(served, user("Hi")).choices[0].finish_reason == "length"
-    first, second = re.findall(r"^chat .*$", capsys.readouterr().err, re.MULTILINE)
+    said: list[str] = []
+
+    def both_are_logged() -> bool:  # which comes after the answer has gone out
+        said.extend(re.findall(r"^chat .*$", capsys.readouterr().err, re.MULTILINE))
+        return len(said) == 2
+
+    until(both_are_logged)
+    first, second = sorted(said, key=lambda line: "answer=" in line)
     assert "answer=" not in first and "answer=12" in second
 
 
